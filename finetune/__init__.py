@@ -1,0 +1,1 @@
+"""Continued pretraining and instruction tuning: documents to batches, the loss, the loop, checkpoints."""

@@ -1,0 +1,142 @@
+"""The CM3 objective: turn a document into an infilling instance, and back.
+
+Aghajanyan et al., *CM3* (arXiv 2201.07520, section 2) with CM3Leon's two changes (arXiv 2309.02591, section 2.2): one
+``<mask>`` / ``<infill>`` pair of tokens, and no span across ``<break>``.
+
+    <s> Image of a cat <break> ... <break> </s>   ->   <s> Image of <mask> <break> ... <break> <infill> a cat </s>
+
+Several spans are told apart by order: the n-th ``<infill>`` belongs to the n-th ``<mask>``. Predicting ``<mask>`` has loss
+weight 0 (CM3, section 2). A span lies inside one text or image segment: a drawn span is clipped to the segment that it
+overlaps most. No token is lost: the transform grows a document by two tokens a span, and draws fewer spans where the
+growth would not fit.
+"""
+
+import numpy as np
+
+from jam.tokens.render import TEXT_HEAD, Tokens
+from jam.tokens.vocabulary import Vocabulary
+
+MAX_SPANS = 16  # CM3: n ~ Clamp(Poisson(1), 1, 16)
+Span = tuple[int, int]  # start, stop
+
+
+def draw_count(generator: np.random.Generator, mode: str, clamp_min: int) -> int:
+    """Number of spans. ``clamp_min`` 1 is the paper's, 0 the published code's (36.8 % stay whole)."""
+    return 1 if mode == "one" else int(np.clip(generator.poisson(1.0), clamp_min, MAX_SPANS))
+
+
+def segment_bounds(tokens: Tokens) -> list[Span]:
+    """Start and stop of every text and image segment, in order."""
+    bounds = []
+    for number in range(int(tokens.segments.max(initial=-1)) + 1):
+        where = np.flatnonzero(tokens.segments == number)
+        bounds.append((int(where[0]), int(where[-1]) + 1))
+    return bounds
+
+
+def draw_spans(tokens: Tokens, count: int, generator: np.random.Generator) -> list[Span]:
+    """At most ``count`` disjoint, non-empty spans in order, each inside one segment."""
+    bounds = segment_bounds(tokens)
+    spans: list[Span] = []
+    for _ in range(count):
+        start, stop = sorted(generator.integers(0, len(tokens) + 1, size=2).tolist())
+        clipped = max(((max(start, a), min(stop, b)) for a, b in bounds), key=lambda s: s[1] - s[0], default=(0, 0))
+        touches = any(clipped[0] <= b and a <= clipped[1] for a, b in spans)  # adjacent masks could not be told apart
+        if clipped[1] > clipped[0] and not touches:
+            spans.append(clipped)
+    return sorted(spans)
+
+
+def caption_span(tokens: Tokens) -> list[Span]:
+    """The whole first text segment, if an image follows it: the form that guidance uses as "no condition"."""
+    bounds = segment_bounds(tokens)
+    if len(bounds) < 2:
+        return []
+    first, second = bounds[0], bounds[1]
+    is_caption = tokens.heads[first[0]] == TEXT_HEAD and tokens.heads[second[0]] != TEXT_HEAD
+    return [first] if is_caption else []
+
+
+def mask_spans(tokens: Tokens, spans: list[Span], vocabulary: Vocabulary) -> Tokens:
+    """Moves each span behind the document, leaving ``<mask>`` in its place; +2 tokens a span."""
+    if not spans:
+        return tokens
+    mask, infill, eos = (vocabulary.controls[name] for name in ("mask", "infill", "eos"))
+    closed = tokens.ids[-1] == eos
+    body_stop = len(tokens) - int(closed)
+    ids, heads, weights, segments = [], [], [], []
+
+    def copy(start: int, stop: int) -> None:
+        for target, source in (
+            (ids, tokens.ids),
+            (heads, tokens.heads),
+            (weights, tokens.weights),
+            (segments, tokens.segments),
+        ):
+            target.append(source[start:stop])
+
+    def control(token: int, head: int, weight: float) -> None:
+        for target, value in ((ids, token), (heads, head), (weights, weight), (segments, -1)):
+            target.append(np.array([value]))
+
+    at = 0
+    for start, stop in spans:
+        copy(at, start)
+        control(mask, int(tokens.heads[start]), 0.0)
+        at = stop
+    copy(at, body_stop)
+    head = TEXT_HEAD  # after a span, the span's own segment stays in charge until <infill> or </s>
+    closing_weight = float(tokens.weights[-1])
+    for start, stop in spans:
+        control(infill, head, closing_weight)
+        copy(start, stop)
+        head = int(tokens.heads[start])
+    if closed:
+        control(eos, head, closing_weight)
+    return Tokens(
+        np.concatenate(ids).astype(np.int32),
+        np.concatenate(heads).astype(np.uint8),
+        np.concatenate(weights).astype(np.float32),
+        np.concatenate(segments).astype(np.int32),
+    )
+
+
+def unmask(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """The inverse of :func:`mask_spans` on ids."""
+    mask, infill, eos = (vocabulary.controls[name] for name in ("mask", "infill", "eos"))
+    cuts = np.flatnonzero(ids == infill)
+    if not len(cuts):
+        return ids
+    closed = ids[-1] == eos
+    stop = len(ids) - int(closed)
+    spans = [ids[a + 1 : b] for a, b in zip(cuts, [*cuts[1:], stop], strict=True)]
+    body = np.split(ids[: cuts[0]], np.flatnonzero(ids[: cuts[0]] == mask))
+    whole = [body[0]] + [piece for span, rest in zip(spans, body[1:], strict=True) for piece in (span, rest[1:])]
+    return np.concatenate([*whole, ids[stop:]])
+
+
+def transform(
+    tokens: Tokens,
+    generator: np.random.Generator,
+    vocabulary: Vocabulary,
+    *,
+    share: float,
+    condition_drop: float,
+    mode: str,
+    clamp_min: int,
+    room: int,
+) -> Tokens:
+    """Draws what happens to one document: caption dropped, CM3 spans, or nothing.
+
+    Args:
+        share: probability of CM3 spans; ``condition_drop`` is taken first.
+        room: the longest the result may be, in tokens.
+    """
+    draw = generator.random()
+    growth = max(0, (room - len(tokens)) // 2)
+    if draw < condition_drop:
+        return mask_spans(tokens, caption_span(tokens)[:growth], vocabulary)
+    if draw < condition_drop + share * (1 - condition_drop):
+        count = min(draw_count(generator, mode, clamp_min), growth)
+        return mask_spans(tokens, draw_spans(tokens, count, generator), vocabulary)
+    return tokens

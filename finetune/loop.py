@@ -1,0 +1,188 @@
+"""The training loop, on accelerate for device, autocast and processes.
+
+One optimizer step: sequences t = step * G .. (step + 1) * G - 1 of the plan (this rank takes every world-th) -> micro-batches
+-> sums of weighted loss divided by the global weight -> clip -> AdamW -> EMA. Everything random is keyed by the step, so a
+resumed run repeats the uninterrupted one bit for bit at the same world size.
+"""
+
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from finetune.loss import cross_entropy, position_weights, sums
+from finetune.order import Plan
+from finetune.pack import Batch, collate
+from finetune.recipe import FinetuneRecipe, OptimSection
+from jam.errors import RunError
+from jam.models.load import Bundle
+
+
+def learning_rate(optim: OptimSection, step: int, steps: int) -> float:
+    """Rate of step ``step`` (0-based) of ``steps``: linear warmup, then the schedule down to ``final_lr_ratio``."""
+    warmup = optim.warmup if isinstance(optim.warmup, int) else round(optim.warmup * steps)
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    share = (step - warmup) / max(1, steps - warmup)
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * share)), "linear": 1 - share, "constant": 1.0}[optim.schedule]
+    return optim.lr * (optim.final_lr_ratio + (1 - optim.final_lr_ratio) * shape)
+
+
+def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
+    """AdamW with one group per (rate factor, decay); factor 0 freezes, vectors are not decayed.
+
+    Raises:
+        RunError: a pattern matches no parameter, or nothing is left to train.
+    """
+    unmatched = {group.match for group in optim.groups}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        rule = next((group for group in optim.groups if re.search(group.match, name)), None)
+        unmatched -= {group.match for group in optim.groups if re.search(group.match, name)}
+        factor = rule.lr_mul if rule else 1.0
+        parameter.requires_grad_(factor > 0)
+        if factor > 0:
+            decay = optim.weight_decay if parameter.dim() >= 2 else 0.0
+            groups.setdefault((factor, decay), []).append(parameter)
+    if unmatched:
+        raise RunError(f"optim.groups: {sorted(unmatched)} match no parameter of this model; mend or remove them")
+    if not groups:
+        raise RunError("optim.groups freeze every parameter; leave something to train")
+    settings = [{"params": params, "factor": f, "weight_decay": decay} for (f, decay), params in groups.items()]
+    return torch.optim.AdamW(settings, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+
+
+@dataclass
+class StepReport:
+    """What one step did, over all ranks; ``sums`` as in :func:`finetune.loss.sums`."""
+
+    step: int
+    steps: int
+    tokens: int
+    loss: float
+    grad_norm: float
+    lr: float
+    seconds: float
+    sums: Tensor
+
+
+@dataclass
+class Trainer:
+    """Model, optimizer and position of one run."""
+
+    bundle: Bundle
+    plan: Plan
+    recipe: FinetuneRecipe
+    accelerator: Accelerator
+    steps: int
+    step: int = 0
+    tokens: int = 0
+    ema: dict[str, Tensor] | None = None
+    model: nn.Module = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bundle.model.train()
+        self.raw_optimizer = build_optimizer(self.bundle.model, self.recipe.optim)
+        self.model, self.optimizer = self.accelerator.prepare(self.bundle.model, self.raw_optimizer)
+        if self.recipe.train.ema is not None and self.ema is None:
+            self.ema = {
+                name: p.detach().clone() for name, p in self.bundle.model.named_parameters() if p.requires_grad
+            }
+
+    def batch(self, step: int) -> Batch:
+        """This rank's sequences of a step."""
+        size, data = self.recipe.train.global_batch_size, self.recipe.data
+        first, world = step * size, self.accelerator.num_processes
+        numbers = range(first + self.accelerator.process_index, first + size, world)
+        owners, sequences = zip(*(self.plan.sequence(t) for t in numbers), strict=True)
+        batch = collate(list(sequences), list(owners), data.seq_len, self.bundle.vocabulary.controls["pad"])
+        return Batch(*(getattr(batch, n).to(self.accelerator.device) for n in batch.__dataclass_fields__))
+
+    def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Gradients of the global loss; returns (loss on this rank's share, sums for the log)."""
+        recipe, size = self.recipe, self.recipe.train.micro_batch_size
+        weights = position_weights(batch, recipe.loss)
+        # every rank divides by the weight of all ranks; DDP averages, hence the factor
+        total = self.accelerator.reduce(weights.sum().double(), "sum").clamp_min(1e-9)
+        scale = self.accelerator.num_processes / total
+        logged = torch.zeros(2 + len(self.plan.sources), 2, dtype=torch.float64, device=weights.device)
+        loss = torch.zeros((), dtype=torch.float64, device=weights.device)
+        count = len(batch.ids)
+        for start in range(0, count, size):
+            part, last = batch.rows(start, start + size), start + size >= count
+            with self.accelerator.autocast(), _sync(self.accelerator, self.model, last):
+                logits, _ = self.bundle.logits(
+                    part.ids,
+                    part.head_ids,
+                    attention_mask=part.mask,
+                    position_ids=part.positions,
+                    softmax=recipe.loss.softmax,
+                    model=self.model,
+                )
+                nats = cross_entropy(logits, part)
+                term = (nats.double() * weights[start : start + size]).sum() * scale
+                self.accelerator.backward(term)
+            loss += term.detach()
+            logged += sums(nats, part, len(self.plan.sources))
+        return loss / self.accelerator.num_processes, logged
+
+    def advance(self) -> StepReport:
+        """One optimizer step.
+
+        Raises:
+            RunError: the loss is not finite.
+        """
+        began = time.perf_counter()
+        torch.manual_seed(self.recipe.seed * 1_000_003 + self.step)
+        rate = learning_rate(self.recipe.optim, self.step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        batch = self.batch(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        local_loss, logged = self.backward(batch)
+        loss = float(self.accelerator.reduce(local_loss, "sum"))
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss is {loss} at step {self.step + 1}; it must be finite; lower optim.lr (now {rate:.2g}) or set "
+                "train.precision: fp32, then run again to resume from the last checkpoint"
+            )
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip)
+        self.optimizer.step()
+        self._average()
+        self.tokens += int(self.accelerator.reduce(torch.tensor(batch.tokens, device=batch.ids.device), "sum"))
+        self.step += 1
+        logged = self.accelerator.reduce(logged, "sum").cpu()
+        seconds = time.perf_counter() - began
+        return StepReport(self.step, self.steps, self.tokens, loss, float(norm), rate, seconds, logged)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self.ema is None:
+            return
+        decay = min(self.recipe.train.ema, (1 + self.step) / (10 + self.step))  # a short memory while weights move fast
+        for name, parameter in self.bundle.model.named_parameters():
+            if name in self.ema:
+                self.ema[name].lerp_(parameter.detach(), 1 - decay)
+
+    @torch.no_grad()
+    def adopt_average(self) -> None:
+        """Puts the averaged weights into the model (at the end of a run)."""
+        for name, parameter in self.bundle.model.named_parameters():
+            if self.ema is not None and name in self.ema:
+                parameter.copy_(self.ema[name])
+
+    def run(self, stop: Callable[[], bool]) -> Iterator[StepReport]:
+        """Steps until the end, or until ``stop()`` after a finished step."""
+        while self.step < self.steps and not stop():
+            yield self.advance()
+
+
+def _sync(accelerator: Accelerator, model: nn.Module, last: bool):
+    """Gradients are exchanged between ranks once a step, on its last micro-batch."""
+    return torch.enable_grad() if last else accelerator.no_sync(model)

@@ -1,0 +1,100 @@
+"""Packing: token documents into fixed-length sequences, and sequences into a batch of tensors.
+
+Documents in one sequence are isolated: attention is allowed inside a document only, and positions are the document's own,
+from a start offset. No document is ever split here.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jam.tokens.render import TEXT_HEAD, Tokens
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One document with the learned position its first token takes."""
+
+    tokens: Tokens
+    offset: int
+
+
+Sequence = list[Placed]
+
+
+def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Indices grouped into bins: longest first, each into the fullest bin that holds it.
+
+    >>> best_fit([5, 3, 4, 2], 7)
+    [[0, 3], [2, 1]]
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fitting = [b for b in range(len(bins)) if room[b] >= lengths[index]]
+        if fitting:
+            chosen = min(fitting, key=lambda b: (room[b], b))
+            bins[chosen].append(index)
+            room[chosen] -= lengths[index]
+        else:
+            bins.append([index])
+            room.append(capacity - lengths[index])
+    return bins
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of B packed sequences of T tokens.
+
+    ``ids``, ``positions``, ``labels`` int64 [B, T] (labels are shifted: ``labels[t]`` follows ``ids[t]``); ``head_ids`` int64
+    [B, T] is the head that predicts ``labels[t]``; ``weights`` float32 [B, T], 0 where nothing is predicted;
+    ``mask`` bool [B, 1, T, T], True where a query (row) may attend; ``sources`` int64 [B].
+    """
+
+    ids: Tensor
+    positions: Tensor
+    labels: Tensor
+    head_ids: Tensor
+    weights: Tensor
+    mask: Tensor
+    sources: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return int((self.labels >= 0).sum())
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        part = slice(start, stop)
+        return Batch(*(getattr(self, name)[part] for name in self.__dataclass_fields__))
+
+
+def collate(sequences: list[Sequence], sources: list[int], length: int, pad: int) -> Batch:
+    """Lays sequences out as one batch of ``length`` tokens a row.
+
+    A row's unused end is one more document of pad tokens that predicts nothing.
+    """
+    count = len(sequences)
+    ids = np.full((count, length), pad, np.int64)
+    positions = np.zeros((count, length), np.int64)
+    labels = np.full((count, length), -1, np.int64)
+    heads = np.full((count, length), TEXT_HEAD, np.int64)
+    weights = np.zeros((count, length), np.float32)
+    owner = np.full((count, length), -1, np.int64)
+    for row, sequence in enumerate(sequences):
+        at = 0
+        for number, placed in enumerate(sequence):
+            tokens = placed.tokens
+            stop = at + len(tokens)
+            ids[row, at:stop] = tokens.ids
+            positions[row, at:stop] = placed.offset + np.arange(len(tokens))
+            labels[row, at : stop - 1] = tokens.ids[1:]
+            heads[row, at : stop - 1] = tokens.heads[1:]
+            weights[row, at : stop - 1] = tokens.weights[1:]
+            owner[row, at:stop] = number
+            at = stop
+    causal = np.tril(np.ones((length, length), bool))
+    mask = (owner[:, :, None] == owner[:, None, :]) & causal
+    arrays = (ids, positions, labels, heads, weights, mask[:, None], np.array(sources, np.int64))
+    return Batch(*(torch.from_numpy(array) for array in arrays))

@@ -1,0 +1,247 @@
+"""The finetune recipe: what is trained, on which mix, with which objective and arithmetic.
+
+Used for continued pretraining and for instruction tuning alike; they differ in the mix. Relations between keys are
+checked here (one of tokens and steps, batch sizes that divide); whether files exist and fit the model is the run's
+matter. Imports no torch.
+"""
+
+import re
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from jam.recipe import Recipe, Section
+
+
+class ModalityWeights(Section):
+    """Loss weights of a source by modality."""
+
+    text: float = Field(1.0, ge=0.0, description="weight of text tokens in the loss")
+    image: float = Field(1.0, ge=0.0, description="weight of image codes in the loss")
+
+
+class Source(Section):
+    """One source of documents in the mix."""
+
+    kind: Literal["text", "captions", "conversations", "scenes"] = Field(
+        description="how lines become documents: text, captions, conversations or scenes (composed image pairs)"
+    )
+    path: str = Field(min_length=1, description='"mini" for the shipped data, else a jsonl file')
+    weight: float = Field(
+        gt=0.0, description="share of this source in the mix, counted in tokens; shares are normalised"
+    )
+    loss: ModalityWeights = Field(ModalityWeights(), description="loss weights within this source")
+    limit: int | None = Field(None, ge=1, description="use only the first so many documents; null is all")
+
+
+class DataSection(Section):
+    """What is read, and in which order."""
+
+    seq_len: int = Field(512, ge=8, description="tokens of a training sequence")
+    seed: int = Field(0, ge=0, description="seed of the order of documents and of their masks")
+    mix: dict[str, Source] = Field(min_length=1, description="sources by a name of your choice, at least one")
+
+
+class ObjectiveSection(Section):
+    """The CM3 objective: some documents have spans moved to their end, to be filled in from both sides."""
+
+    cm3: float = Field(0.0, ge=0.0, le=1.0, description="share of documents turned into infilling instances")
+    spans: Literal["poisson", "one"] = Field("poisson", description="number of spans: Poisson(1) or always one")
+    clamp_min: Literal[0, 1] = Field(1, description="least number of spans; 1 masks every chosen document")
+    condition_drop: float = Field(
+        0.1, ge=0.0, le=1.0, description="share of captions masked as a whole, which guidance needs"
+    )
+
+
+class LossSection(Section):
+    """Loss weights of the whole run, and over which ids the softmax runs."""
+
+    text: float = Field(1.0, ge=0.0, description="weight of text tokens")
+    image: float = Field(1.0, ge=0.0, description="weight of image codes")
+    softmax: Literal["restricted", "joint"] = Field(
+        "restricted", description="restricted: over the ids that the grammar allows in this state; joint: over all ids"
+    )
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "LossSection":
+        if self.text == 0.0 and self.image == 0.0:
+            raise ValueError("text and image are both 0; required: one weight above 0; raise one of them")
+        return self
+
+
+class ParameterGroup(Section):
+    """Parameters whose learning rate differs."""
+
+    match: str = Field(min_length=1, description="regular expression searched in the parameter's name")
+    lr_mul: float = Field(ge=0.0, description="factor on the learning rate; 0 freezes the parameters")
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, match: str) -> str:
+        try:
+            re.compile(match)
+        except re.error as error:
+            raise ValueError(
+                f'"{match}" is no regular expression ({error}); required: one that Python compiles'
+            ) from None
+        return match
+
+
+class OptimSection(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(3e-4, gt=0.0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="two decay rates of Adam's means, each in [0, 1)")
+    eps: float = Field(1e-8, gt=0.0, description="Adam's epsilon")
+    weight_decay: float = Field(0.1, ge=0.0, description="decoupled weight decay of matrices")
+    warmup: int | float = Field(0.05, ge=0, description="steps (an integer) or a share of all steps (below 1)")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape of the decay after warmup")
+    final_lr_ratio: float = Field(0.1, ge=0.0, le=1.0, description="learning rate at the end over the peak")
+    clip: float = Field(1.0, gt=0.0, description="greatest norm of the gradient")
+    groups: tuple[ParameterGroup, ...] = Field((), description="factors on the rate by name; the first match counts")
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_range(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"found {list(betas)}; required: two numbers in [0, 1); write for example [0.9, 0.95]")
+        return betas
+
+    @field_validator("warmup")
+    @classmethod
+    def _warmup_is_steps_or_share(cls, warmup: int | float) -> int | float:
+        if isinstance(warmup, float) and warmup >= 1.0:
+            raise ValueError(
+                f"found {warmup}; required: an integer number of steps or a share below 1; "
+                f"write {round(warmup)} for steps"
+            )
+        return warmup
+
+
+class TrainSection(Section):
+    """How long, in which batches, and in which arithmetic."""
+
+    tokens: int | None = Field(None, ge=1, description="length of the run in tokens; give this or steps")
+    steps: int | None = Field(None, ge=1, description="length of the run in optimizer steps; give this or tokens")
+    micro_batch_size: int = Field(8, ge=1, description="sequences in one forward pass on one device")
+    global_batch_size: int = Field(
+        8, ge=1, description="sequences in one optimizer step, a multiple of the micro batch"
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of forward and backward passes")
+    threads: int | None = Field(None, ge=1, description="CPU threads; null leaves them to torch")
+    random_offset: bool = Field(
+        True, description="draw a start position per document, so that all positions are trained"
+    )
+    ema: float | None = Field(None, gt=0.0, lt=1.0, description="decay of an average of the weights; null is none")
+
+    @model_validator(mode="after")
+    def _one_length_and_whole_batches(self) -> "TrainSection":
+        if self.tokens is None and self.steps is None:
+            raise ValueError("neither tokens nor steps is given; required: exactly one; add for example steps: 1000")
+        if self.tokens is not None and self.steps is not None:
+            raise ValueError(
+                f"both tokens ({self.tokens}) and steps ({self.steps}) are given; required: exactly one; remove one "
+                f"of them (on the command line: train.tokens=null or train.steps=null)"
+            )
+        micro, whole = self.micro_batch_size, self.global_batch_size
+        if whole % micro:
+            raise ValueError(
+                f"global_batch_size is {whole} and micro_batch_size {micro}; required: a multiple of it; "
+                f"set global_batch_size to {-(-whole // micro) * micro}"
+            )
+        return self
+
+
+class SaveSection(Section):
+    """Checkpoints."""
+
+    every: int = Field(200, ge=1, description="steps between two checkpoints")
+    keep: int = Field(2, ge=1, description="checkpoints kept, the newest ones")
+
+
+class LogSection(Section):
+    """What is written to log.jsonl, and when the held-out losses are taken."""
+
+    every: int = Field(10, ge=1, description="steps between two lines of the log")
+    evaluate_every: int = Field(0, ge=0, description="steps between two evaluations; 0 is only at the end")
+    evaluate_tokens: int = Field(20_000, ge=1, description="held-out tokens that an evaluation reads, per source")
+
+
+class FinetuneRecipe(Recipe):
+    """Train a model on a mix of text and images. Paths are relative to the working directory."""
+
+    aliases: ClassVar[dict[str, str]] = {
+        "learning_rate": "optim.lr",
+        "weight_decay": "optim.weight_decay",
+        "adam_beta1": "optim.betas",
+        "adam_beta2": "optim.betas",
+        "adam_epsilon": "optim.eps",
+        "max_grad_norm": "optim.clip",
+        "grad_clip": "optim.clip",
+        "gradient_clip": "optim.clip",
+        "lr_scheduler": "optim.schedule",
+        "lr_scheduler_type": "optim.schedule",
+        "warmup_steps": "optim.warmup",
+        "warmup_ratio": "optim.warmup",
+        "min_lr_ratio": "optim.final_lr_ratio",
+        "per_device_train_batch_size": "train.micro_batch_size",
+        "batch_size": "train.micro_batch_size",
+        "local_batch_size": "train.micro_batch_size",
+        "gradient_accumulation_steps": "train.global_batch_size",
+        "train_batch_size": "train.global_batch_size",
+        "num_train_epochs": "train.tokens",
+        "epochs": "train.tokens",
+        "max_tokens": "train.tokens",
+        "max_steps": "train.steps",
+        "num_steps": "train.steps",
+        "bf16": "train.precision",
+        "fp16": "train.precision",
+        "mixed_precision": "train.precision",
+        "torch_dtype": "train.precision",
+        "cutoff_len": "data.seq_len",
+        "max_length": "data.seq_len",
+        "max_seq_len": "data.seq_len",
+        "max_seq_length": "data.seq_len",
+        "sequence_len": "data.seq_len",
+        "model_max_length": "data.seq_len",
+        "dataset": "data.mix",
+        "datasets": "data.mix",
+        "train_dataset": "data.mix",
+        "data_seed": "data.seed",
+        "save_steps": "save.every",
+        "save_total_limit": "save.keep",
+        "logging_steps": "log.every",
+        "eval_steps": "log.evaluate_every",
+        "base_model": "model",
+        "model_name_or_path": "model",
+        "out": "output_dir",
+        "output_path": "output_dir",
+        "resume_from_checkpoint": "resume",
+    }
+
+    kind: Literal["finetune"] = Field("finetune", description="the schema that this file follows")
+    model: Path = Field(description="folder of the model to train")
+    output_dir: Path = Field(description="folder of the run: checkpoints, log, plots and the final model")
+    seed: int = Field(0, ge=0, description="seed of the run")
+    resume: Literal["auto", "never", "must"] = Field(
+        "auto",
+        description="auto goes on from the newest whole checkpoint, never starts afresh, must refuses to start afresh",
+    )
+    data: DataSection = Field(description="what is read: at least data.mix with one source")
+    objective: ObjectiveSection = Field(ObjectiveSection(), description="the CM3 objective")
+    loss: LossSection = Field(LossSection(), description="loss weights")
+    optim: OptimSection = Field(OptimSection(), description="AdamW and its schedule")
+    train: TrainSection = Field(description="length, batches and arithmetic: at least train.tokens or train.steps")
+    save: SaveSection = Field(SaveSection(), description="checkpoints")
+    log: LogSection = Field(LogSection(), description="log and evaluation")
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> "FinetuneRecipe":
+        steps, warmup = self.train.steps, self.optim.warmup
+        if steps is not None and isinstance(warmup, int) and warmup >= steps > 1:
+            raise ValueError(
+                f"optim.warmup is {warmup} steps of a run of {steps}; required: fewer than the run has; lower "
+                f"optim.warmup or write a share such as 0.05"
+            )
+        return self

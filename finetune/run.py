@@ -1,0 +1,293 @@
+"""``jam finetune``: a recipe to a trained model, resumably.
+
+Stages: lock the run folder -> load the model -> open the sources -> find the newest good checkpoint -> steps, with a line in
+log.jsonl every ``log.every`` and a checkpoint every ``save.every`` -> ``final/``, a plain ``from_pretrained`` folder.
+Ctrl+C and SIGTERM finish the step, save and leave; the same command goes on from there.
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from finetune import checkpoint
+from finetune.loop import StepReport, Trainer
+from finetune.order import PackedSource, Plan
+from finetune.recipe import FinetuneRecipe
+from finetune.sources import open_source
+from jam.errors import RunError
+from jam.models.load import Bundle, load_bundle
+from jam.plot import loss_curves
+from jam.recipe import dump_recipe
+
+FIXED = ("model", "seed", "data", "objective", "loss", "optim", "train")  # settings that a resumed run may not change
+
+
+class Interrupted(RunError):
+    """The run was asked to stop, saved itself and can be resumed; ``exit_code`` is (130 or 143)."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.exit_code = code
+
+
+class Reporter:
+    """What a run tells: override to draw it. The default says nothing."""
+
+    def stage(self, what: str, done: int, total: int) -> None:
+        """Progress of a preparation stage."""
+
+    def step(self, report: StepReport) -> None:
+        """One optimizer step is done."""
+
+    def line(self, text: str) -> None:
+        """Something the user should read."""
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Holds ``run.lock``; the kernel frees it when the process dies, however it dies.
+
+    Raises:
+        RunError: another live process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "run.lock", "a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"{folder} is in use by another run; wait for it, stop it, or choose another output_dir"
+            ) from None
+        yield
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Yields a function that returns the exit code asked for by SIGINT (130) or SIGTERM (143), else 0.
+
+    A second Ctrl+C acts at once.
+    """
+    asked = [0]
+
+    def note(number: int, frame) -> None:
+        if asked[0]:
+            raise KeyboardInterrupt
+        asked[0] = 128 + number
+
+    try:
+        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are the caller's business
+        yield lambda: 0
+        return
+    try:
+        yield lambda: asked[0]
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def fixed_settings(recipe: FinetuneRecipe) -> dict:
+    return {key: value for key, value in recipe.model_dump(mode="json").items() if key in FIXED}
+
+
+def _differences(old: object, new: object, at: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{at}.{key}" if at else key)]
+    return [] if old == new else [f"{at}: was {old}, is {new}"]
+
+
+def total_steps(recipe: FinetuneRecipe) -> int:
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    return max(1, round(recipe.train.tokens / (recipe.train.global_batch_size * recipe.data.seq_len)))
+
+
+def _context(bundle: Bundle, recipe: FinetuneRecipe) -> int:
+    context = bundle.model.config.max_position_embeddings
+    if recipe.data.seq_len > context:
+        raise RunError(f"data.seq_len is {recipe.data.seq_len}, the model has {context} positions; lower data.seq_len")
+    return context
+
+
+def _resume(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter) -> None:
+    """Puts the trainer where the newest good checkpoint left off."""
+    found = None if recipe.resume == "never" else checkpoint.newest(run, reporter.line)
+    if found is None:
+        if recipe.resume == "must":
+            raise RunError(f"resume: must, but {run} holds no usable checkpoint; use resume: auto to start afresh")
+        if recipe.resume == "auto" and checkpoint.listed(run):
+            raise RunError(f"{run} holds checkpoints, but none verifies; move them away, or set resume: never")
+        if recipe.resume == "never" and checkpoint.listed(run):
+            raise RunError(f"resume: never, but {run} holds checkpoints; move them away or choose another output_dir")
+        return
+    recorded = json.loads((found / "state.json").read_text())["settings"]
+    changed = _differences(recorded, fixed_settings(recipe))
+    if changed:
+        raise RunError(
+            f"{found} was made under other settings ({'; '.join(changed)}); "
+            "resume with the old ones, or choose another output_dir"
+        )
+    state, ema = checkpoint.load(found, trainer.bundle.model, trainer.raw_optimizer)
+    trainer.step, trainer.tokens = state["step"], state["tokens"]
+    trainer.ema = ema if ema is not None else trainer.ema
+    reporter.line(f"resuming from {found} (step {trainer.step} of {trainer.steps})")
+
+
+def _log_line(trainer: Trainer, reports: list[StepReport], totals: torch.Tensor) -> dict:
+    """One line of log.jsonl over the steps since the last one."""
+    summed = torch.stack([report.sums for report in reports]).sum(0)
+    means = summed[:, 0] / summed[:, 1].clamp_min(1)
+    names = [source.source.name for source in trainer.plan.sources]
+    last, seconds = reports[-1], sum(report.seconds for report in reports)
+    line = {"step": last.step, "tokens": last.tokens, "loss": sum(r.loss for r in reports) / len(reports)}
+    line |= {
+        f"loss/{m}": float(mean)
+        for m, mean, n in zip(("text", "image"), means[:2], summed[:2, 1], strict=True)
+        if n
+    }
+    line |= {f"loss/{name}": float(mean) for name, mean, n in zip(names, means[2:], summed[2:, 1], strict=True) if n}
+    shares = totals[2:, 1] / totals[2:, 1].sum().clamp_min(1)
+    line |= {f"share/{name}": round(float(share), 4) for name, share in zip(names, shares, strict=True)}
+    line |= {"lr": last.lr, "grad_norm": last.grad_norm, "seconds": round(seconds, 3)}
+    return line
+
+
+def _write_final(run: Path, bundle: Bundle, recipe: FinetuneRecipe) -> Path:
+    """``final/``: weights in the parent checkpoint's dtype and every side file, appearing by rename."""
+    temporary, final = run / f".final.tmp-{os.getpid()}", run / "final"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        for item in sorted(bundle.path.iterdir()):
+            if item.is_dir():
+                shutil.copytree(item, temporary / item.name)
+            elif not item.name.startswith("model") and item.suffix != ".safetensors":
+                shutil.copy2(item, temporary / item.name)
+        config = json.loads((bundle.path / "config.json").read_text())
+        dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+        cast: dict[int, torch.Tensor] = {}  # by storage, so that tied tensors stay one tensor
+        state = {
+            name: cast.setdefault(tensor.data_ptr(), tensor.detach().to(dtype))
+            for name, tensor in bundle.model.state_dict().items()
+        }
+        bundle.model.save_pretrained(temporary, state_dict=state)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # training changed no setting
+        (temporary / "finetune.yaml").write_text(dump_recipe(recipe))
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(temporary, final)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(f"{final}: could not be written ({error}); free space or permissions, then run again") from error
+    return final
+
+
+def _append_log(run: Path, line: dict) -> None:
+    with open(run / "log.jsonl", "a", encoding="utf-8") as log:
+        log.write(json.dumps(line) + "\n")
+
+
+def _trim_log(run: Path, step: int) -> None:
+    """Drops lines beyond the step that a run resumes from, so that no step is logged twice."""
+    path = run / "log.jsonl"
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept))
+
+
+def _prepare(run: Path, recipe: FinetuneRecipe, source: Path | None) -> None:
+    (run / "recipe.resolved.yaml").write_text(dump_recipe(recipe))
+    if source is not None:
+        shutil.copyfile(source, run / "recipe.source.yaml")
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "numpy")}
+    (run / "env.json").write_text(json.dumps({"versions": versions, "threads": torch.get_num_threads()}, indent=2) + "\n")
+
+
+def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: Reporter | None = None) -> Path:
+    """Trains as the recipe says and returns the ``final`` folder.
+
+    Args:
+        source: the recipe's file, copied into the run folder.
+        reporter: told of stages and steps.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM; a checkpoint was written.
+        JamError: bad data, model, settings or disk; one line each.
+    """
+    reporter = reporter or Reporter()
+    run = Path(recipe.output_dir)
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    with run_lock(run):
+        checkpoint.remove_stale(run)
+        bundle = load_bundle(Path(recipe.model), dtype=torch.float32)
+        context = _context(bundle, recipe)
+        _prepare(run, recipe, source)
+        opened = [open_source(name, entry, bundle, reporter.stage) for name, entry in recipe.data.mix.items()]
+        packed = [PackedSource(s, number, bundle, recipe, context) for number, s in enumerate(opened)]
+        plan = Plan(packed, [entry.weight for entry in recipe.data.mix.values()], recipe.data.seed)
+        precision = "bf16" if recipe.train.precision == "bf16" else "no"
+        accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+        trainer = Trainer(bundle, plan, recipe, accelerator, total_steps(recipe))
+        _resume(run, recipe, trainer, reporter)
+        _trim_log(run, trainer.step)
+        return _train(run, recipe, trainer, reporter)
+
+
+def _train(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter) -> Path:
+    main = trainer.accelerator.is_main_process
+    totals = torch.zeros(2 + len(trainer.plan.sources), 2, dtype=torch.float64)
+    pending: list[StepReport] = []
+    saved = trainer.step
+
+    def save() -> None:
+        if main:
+            state = {"tokens": trainer.tokens, "settings": fixed_settings(recipe), "time": time.time()}
+            checkpoint.save(run, trainer.step, trainer.bundle.model, trainer.raw_optimizer, trainer.ema, state)
+            checkpoint.rotate(run, recipe.save.keep)
+        trainer.accelerator.wait_for_everyone()
+
+    def flush() -> None:
+        if pending and main:
+            _append_log(run, _log_line(trainer, pending, totals))
+        pending.clear()
+
+    with stop_signals() as stop:
+        for report in trainer.run(lambda: bool(stop())):
+            totals += report.sums
+            pending.append(report)
+            reporter.step(report)
+            if report.step % recipe.log.every == 0 or report.step == report.steps:
+                flush()
+            if report.step % recipe.save.every == 0 and report.step < report.steps:
+                save()
+                saved = report.step
+            if (run / "SAVE").exists() and saved != report.step:
+                save()
+                saved = report.step
+                (run / "SAVE").unlink(missing_ok=True)
+        code = stop()
+        if code and trainer.step < trainer.steps:
+            flush()
+            if saved != trainer.step:
+                save()
+            raise Interrupted(f"stopped at step {trainer.step} of {trainer.steps}; the same command resumes", code)
+    if saved != trainer.step or not checkpoint.listed(run):
+        save()
+    trainer.adopt_average()
+    trainer.bundle.model.eval()
+    if not main:
+        return run / "final"
+    (run / "plots").mkdir(exist_ok=True)
+    (run / "plots" / "loss.png").write_bytes(loss_curves(run / "log.jsonl"))
+    return _write_final(run, trainer.bundle, recipe)

@@ -1,0 +1,231 @@
+"""Sources: what a recipe's ``data.mix`` names, as documents that can be asked for by (epoch, index).
+
+Stages: read and check the raw lines (every bad line is reported with file and line) -> turn every image into codes once,
+cached by the hash of tokenizer and images -> on demand, render document ``index`` of ``epoch`` to Tokens. What varies
+between epochs (the wording of a caption) is drawn from a generator keyed by (seed, epoch, index).
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from finetune import mini_data
+from finetune.recipe import Source as SourceRecipe
+from jam.assets import cache_dir
+from jam.document import CodesPart, Document, ImagePart, TextPart, from_messages
+from jam.errors import DataError
+from jam.models.load import Bundle
+from jam.tokens.image import ImageTokenizer, open_image
+from jam.tokens.render import Tokens, render
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+def keyed(*keys: int) -> np.random.Generator:
+    """A generator that depends only on the keys (Philox under a SeedSequence)."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(keys)))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents of one kind, ready to render.
+
+    ``make(index, form_draw)`` gives the document; ``form_draw`` in [0, 1) chooses among wordings. ``conditioned``:
+    CM3 and condition drop apply (plain documents; conversations stay causal).
+    """
+
+    name: str
+    size: int
+    make: Callable[[int, float], Document]
+    conditioned: bool
+    loss_text: float
+    loss_image: float
+
+
+def encode_cached(
+    tokenizer: ImageTokenizer, keys: list[str], open_one: Callable[[int], Image.Image], progress: Progress | None = None
+) -> np.ndarray:
+    """Codes [N, codes_per_image] uint16 of N images, through a cache keyed by the tokenizer's weights and the images' keys."""
+    fingerprint = hashlib.sha256()
+    for name, tensor in sorted(tokenizer.network.state_dict().items()):
+        fingerprint.update(name.encode())
+        fingerprint.update(tensor.numpy().tobytes())
+    for key in keys:
+        fingerprint.update(key.encode() + b"\0")
+    path = cache_dir() / f"codes-{fingerprint.hexdigest()[:24]}.npy"
+    if path.exists():
+        return np.load(path, allow_pickle=False)
+    chunks = []
+    for at in range(0, len(keys), 64):
+        chunks.append(tokenizer.encode([open_one(i) for i in range(at, min(at + 64, len(keys)))]).astype(np.uint16))
+        if progress:
+            progress("tokenising images", min(at + 64, len(keys)), len(keys))
+    codes = np.concatenate(chunks) if chunks else np.zeros((0, tokenizer.codes_per_image), np.uint16)
+    temporary = path.with_suffix(f".tmp-{hashlib.sha256(str(id(codes)).encode()).hexdigest()[:8]}.npy")
+    np.save(temporary, codes)
+    temporary.replace(path)
+    return codes
+
+
+def _image_tokenizer(bundle: Bundle, name: str) -> ImageTokenizer:
+    if bundle.image is None:
+        raise DataError(f"data.mix.{name} has images, {bundle.path} has no image tokenizer; use a model that has one")
+    return bundle.image
+
+
+def _caption_document(caption: str, codes: np.ndarray, image_first: bool) -> Document:
+    parts = (TextPart(caption), CodesPart(tuple(codes.tolist())))
+    return Document(parts[::-1] if image_first else parts)
+
+
+def _text_source(texts: tuple[str, ...]) -> tuple[int, Callable[[int, float], Document]]:
+    return len(texts), lambda index, draw: Document((TextPart(texts[index]),))
+
+
+def _mini_captions(bundle: Bundle, name: str, progress: Progress | None) -> tuple[int, Callable[[int, float], Document]]:
+    archive, rows = mini_data.ImageArchive(), [row for row in mini_data.image_rows() if row["split"] == "train"]
+    keys = [row["file"] for row in rows]
+    codes = encode_cached(_image_tokenizer(bundle, name), keys, lambda i: archive.open(keys[i]), progress)
+
+    def make(index: int, draw: float) -> Document:
+        # half of the captions name label and style, the rest share the other forms; 1 in 8 puts the image first
+        form = mini_data.STYLED if draw < 0.5 else (0, 2, 3)[int((draw - 0.5) * 6)]
+        return _caption_document(mini_data.caption_for(rows[index], form), codes[index], (draw * 64) % 1 < 0.125)
+
+    return len(rows), make
+
+
+def _mini_scenes(bundle: Bundle, name: str, progress: Progress | None) -> tuple[int, Callable[[int, float], Document]]:
+    archive, scenes = mini_data.ImageArchive(), mini_data.scenes("train")
+    keys = [scene.key for scene in scenes]
+    codes = encode_cached(_image_tokenizer(bundle, name), keys, lambda i: scenes[i].image(archive), progress)
+    return len(scenes), lambda index, draw: _caption_document(scenes[index].caption, codes[index], False)
+
+
+def _conversation_source(
+    bundle: Bundle, name: str, documents: list[Document], keys: list[str], progress: Progress | None
+) -> tuple[int, Callable[[int, float], Document]]:
+    """``documents`` hold pixels; all their images are encoded here, in order, once."""
+    images = [part.image for document in documents for part in document.parts if isinstance(part, ImagePart)]
+    codes = iter(encode_cached(_image_tokenizer(bundle, name), keys, images.__getitem__, progress) if images else ())
+    ready = [d.with_codes(lambda some: [tuple(next(codes).tolist()) for _ in some]) for d in documents]
+    return len(ready), lambda index, draw: ready[index]
+
+
+def _mini_conversations(bundle: Bundle, name: str, progress: Progress | None):
+    archive, keys = mini_data.ImageArchive(), []
+
+    def opened(path: str) -> Image.Image:
+        keys.append(path)
+        return archive.open(path)
+
+    documents = [from_messages(row["messages"], opened) for row in mini_data.conversations("train")]
+    return _conversation_source(bundle, name, documents, keys, progress)
+
+
+def _read_lines(path: Path, check: Callable[[dict], object]) -> list:
+    """Applies ``check`` to every JSON line; collects all bad lines before raising."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such data file; give a .jsonl file or 'mini'")
+    good, bad = [], []
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise DataError("expected a JSON object")
+                good.append(check(row))
+            except json.JSONDecodeError as error:
+                bad.append(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); mend or remove the line")
+            except DataError as error:
+                bad.append(f"{path}:{number}: {error}")
+    if bad:
+        more = f"\n... and {len(bad) - 20} more" if len(bad) > 20 else ""
+        raise DataError("\n".join(bad[:20]) + more)
+    if not good:
+        raise DataError(f"{path}: no documents; at least one line is required")
+    return good
+
+
+def _field(row: dict, key: str) -> str:
+    if not isinstance(row.get(key), str) or not row[key].strip():
+        raise DataError(f"field {key!r} is missing or not text; each line needs it")
+    return row[key]
+
+
+def _file_source(recipe: SourceRecipe, bundle: Bundle, name: str, progress: Progress | None):
+    path = Path(recipe.path)
+    root = path.parent
+    if recipe.kind == "text":
+        return _text_source(tuple(_read_lines(path, lambda row: _field(row, "text"))))
+    if recipe.kind == "captions":
+        pairs = _read_lines(path, lambda row: (_field(row, "caption"), open_image(root / _field(row, "image"))))
+        keys = [hashlib.sha256(image.tobytes()).hexdigest() for _, image in pairs]
+        codes = encode_cached(_image_tokenizer(bundle, name), keys, lambda i: pairs[i][1], progress)
+        return len(pairs), lambda index, draw: _caption_document(pairs[index][0], codes[index], False)
+    if recipe.kind == "conversations":
+        documents = _read_lines(path, lambda row: from_messages(row.get("messages"), lambda p: open_image(root / p)))
+        images = [part.image for d in documents for part in d.parts if isinstance(part, ImagePart)]
+        keys = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
+        return _conversation_source(bundle, name, documents, keys, progress)
+    raise DataError(f"data.mix.{name}: kind {recipe.kind!r} exists only in the shipped data; set path to 'mini'")
+
+
+def open_source(name: str, recipe: SourceRecipe, bundle: Bundle, progress: Progress | None = None) -> Source:
+    """Reads and checks one entry of ``data.mix``.
+
+    Raises:
+        DataError: bad lines (all of them, with file and line), missing or unreadable images, no documents.
+    """
+    if recipe.path != "mini":
+        size, make = _file_source(recipe, bundle, name, progress)
+    elif recipe.kind == "text":
+        size, make = _text_source(mini_data.texts("train"))
+    elif recipe.kind == "captions":
+        size, make = _mini_captions(bundle, name, progress)
+    elif recipe.kind == "scenes":
+        size, make = _mini_scenes(bundle, name, progress)
+    else:
+        size, make = _mini_conversations(bundle, name, progress)
+    if recipe.limit is not None:
+        size = min(size, recipe.limit)
+    conditioned = recipe.kind != "conversations"
+    return Source(name, size, make, conditioned, recipe.loss.text, recipe.loss.image)
+
+
+def pieces(source: Source, bundle: Bundle, index: int, draw: float, seq_len: int) -> list[Tokens]:
+    """Document ``index`` as tokens, in pieces of at most ``seq_len``; only text is ever cut.
+
+    Raises:
+        DataError: a document with images is longer than ``seq_len``.
+    """
+    tokens = render(source.make(index, draw), bundle.vocabulary, bundle.text)
+    weights = tokens.weights * np.where(tokens.heads == 1, source.loss_image, source.loss_text).astype(np.float32)
+    tokens = Tokens(tokens.ids, tokens.heads, weights, tokens.segments)
+    if len(tokens) <= seq_len:
+        return [tokens]
+    if (tokens.heads == 1).any():
+        raise DataError(
+            f"data.mix.{source.name}: document {index} has {len(tokens)} tokens with its images; "
+            f"data.seq_len {seq_len} must hold it whole, raise data.seq_len"
+        )
+    bos = tokens.ids[:1]
+    body = range(1, len(tokens), seq_len - 1)  # every later piece starts with <s> again and loses no token
+    return [_with_bos(tokens, at, min(at + seq_len - 1, len(tokens)), bos) for at in body]
+
+
+def _with_bos(tokens: Tokens, start: int, stop: int, bos: np.ndarray) -> Tokens:
+    part = slice(start, stop)
+    return Tokens(
+        np.concatenate([bos, tokens.ids[part]]),
+        np.concatenate([np.zeros(1, np.uint8), tokens.heads[part]]),
+        np.concatenate([np.zeros(1, np.float32), tokens.weights[part]]),
+        np.concatenate([np.full(1, -1, np.int32), tokens.segments[part]]),
+    )

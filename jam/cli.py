@@ -1,0 +1,313 @@
+"""The ``jam`` command: one verb per function, and one place where errors become exit codes.
+
+A verb reads its arguments and hands plain values to the function that does the work; that function's module is
+imported inside the verb, so that ``jam --help`` and ``jam recipe check`` never load torch. Nothing is computed here.
+
+Exit codes: 0 done; 2 an error that the user can mend, said in one line without a traceback (``--debug`` shows it);
+130 (Ctrl+C) and 143 (SIGTERM) interrupted; 1 with a traceback is a bug of ours.
+"""
+
+import errno
+import json
+import re
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jam import __version__
+from jam.errors import JamError
+
+app = typer.Typer(
+    help="Fuse an image-text model with a text LLM, train the result, talk to it in text and images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+recipe_app = typer.Typer(help="Check recipes, print their schema.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(recipe_app, name="recipe")
+
+
+class Method(StrEnum):
+    """Merge methods, as `merge.recipe.MergeRecipe.method` names them."""
+
+    uniform = "uniform"
+    width = "width"
+    cross = "cross"
+
+
+class Mode(StrEnum):
+    """What a reply may hold."""
+
+    interleaved = "interleaved"
+    text = "text"
+    image = "image"
+
+
+class Kind(StrEnum):
+    """Recipe schemas."""
+
+    merge = "merge"
+    finetune = "finetune"
+
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides of the recipe, e.g. train.steps=400.")
+]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
+ModelFolder = Annotated[Path | None, typer.Argument(metavar="PATH", help="A model folder; default: the shipped one.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the sampling; same seed, same reply.")]
+TextTemperature = Annotated[float | None, typer.Option("--temperature", min=0.0, help="Text temperature; 0 is greedy.")]
+TextTopP = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Text nucleus; 1 is off.")]
+ImageTemperature = Annotated[float | None, typer.Option(min=0.0, help="Image temperature; 0 is greedy.")]
+ImageTopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Image nucleus; 1 is off.")]
+Guidance = Annotated[float | None, typer.Option(min=0.0, help="Classifier-free guidance of images; 1 is off.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"jam {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; works after a verb too.")
+    ] = False,
+) -> None:
+    """Options of every verb; ``--debug`` is taken out of the arguments by `main` and stands here for the help."""
+
+
+@app.command()
+def merge(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="RECIPE|KEY=VALUE", help="A merge recipe, then overrides.")
+    ] = None,
+    method: Annotated[Method | None, typer.Option(help="How to fuse.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text parent; default: the shipped mini one.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image parent; default: the shipped mini one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; must not exist or be empty.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
+) -> None:
+    """Fuse a text model and an image model into one checkpoint folder."""
+    from jam.recipe import load_recipe
+    from merge.recipe import MergeRecipe
+
+    path, overrides = _recipe_and_overrides(arguments or [])
+    options = {"method": method, "text": text, "image": image, "out": out}
+    given = [
+        f"{key}={json.dumps(str(value), ensure_ascii=False)}" for key, value in options.items() if value is not None
+    ]
+    recipe = load_recipe(path, MergeRecipe, [*given, *overrides])
+
+    from merge.run import run_merge
+
+    run_merge(recipe, dry_run=dry_run)
+
+
+@app.command()
+def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Train a model on text and images; run again to go on.
+
+    Weights, losses, checkpoints and plots go to the recipe's output_dir.
+    """
+    from finetune.recipe import FinetuneRecipe
+    from jam.recipe import load_recipe
+
+    loaded = load_recipe(recipe, FinetuneRecipe, overrides or [])
+
+    from finetune.run import run_finetune
+    from jam.training_bar import TrainingBar
+
+    with TrainingBar(loaded.log.every) as bar:
+        folder = run_finetune(loaded, source=recipe, reporter=bar)
+    typer.echo(f"trained model: {folder}")
+
+
+@app.command()
+def chat(
+    path: ModelFolder = None,
+    seed: Seed = None,
+    temperature: TextTemperature = None,
+    top_p: TextTopP = None,
+    image_temperature: ImageTemperature = None,
+    image_top_p: ImageTopP = None,
+    guidance_scale: Guidance = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the images; default: a new one.")] = None,
+    images_inline: Annotated[
+        bool, typer.Option("--images-inline/--no-images-inline", help="Draw images in the terminal.")
+    ] = True,
+) -> None:
+    """Talk to a model in the terminal, in text and images."""
+    from jam.chat import run_chat
+
+    run_chat(
+        path,
+        out=out,
+        images_inline=images_inline,
+        seed=seed,
+        text_temperature=temperature,
+        text_top_p=top_p,
+        image_temperature=image_temperature,
+        image_top_p=image_top_p,
+        guidance_scale=guidance_scale,
+    )
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="The user's text.")],
+    out: Annotated[Path, typer.Option(help="Folder for out.json and the images.")],
+    path: ModelFolder = None,
+    image: Annotated[list[Path] | None, typer.Option(help="An image that precedes the text; may be repeated.")] = None,
+    mode: Annotated[Mode, typer.Option(help="What the reply may hold.")] = Mode.interleaved,
+    max_images: Annotated[int | None, typer.Option(min=0, help="Most images in the reply.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens in the reply, image codes included.")
+    ] = None,
+    seed: Seed = None,
+    temperature: TextTemperature = None,
+    top_p: TextTopP = None,
+    image_temperature: ImageTemperature = None,
+    image_top_p: ImageTopP = None,
+    guidance_scale: Guidance = None,
+) -> None:
+    """Write one reply to a prompt as out.json and PNG files, in order."""
+    from jam.generate import run_generate
+
+    run_generate(
+        path,
+        prompt=prompt,
+        images=image or [],
+        out=out,
+        mode=mode.value,
+        max_images=max_images,
+        max_tokens=max_tokens,
+        seed=seed,
+        text_temperature=temperature,
+        text_top_p=top_p,
+        image_temperature=image_temperature,
+        image_top_p=image_top_p,
+        guidance_scale=guidance_scale,
+    )
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint folder.")],
+    other: Annotated[
+        Path | None, typer.Argument(metavar="PATH", help="A second one: which methods fuse the two?")
+    ] = None,
+) -> None:
+    """Say what a checkpoint is; for two, which methods can fuse them. Reads headers only."""
+    from jam.inspect import run_inspect
+
+    run_inspect([path] if other is None else [path, other])
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the demo; run again to go on.")] = Path("jam-demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A much shorter run, to see that everything works.")] = False,
+) -> None:
+    """Fuse the shipped parents by every method, train, write a report.
+
+    The report, report.html in the output folder, is one page that needs no network.
+    """
+    from jam.demo import run_demo
+
+    run_demo(out=out, quick=quick)
+
+
+@recipe_app.command()
+def check(
+    file: RecipeFile,
+    overrides: Overrides = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the resolved recipe, defaults included.")] = False,
+) -> None:
+    """Check a recipe: every mistake at once, with file and line."""
+    from jam.recipe import dump_recipe, load_recipe, recipe_kind
+
+    kind = recipe_kind(file, [kind.value for kind in Kind])
+    recipe = load_recipe(file, _schema_of(Kind(kind)), overrides or [])
+    typer.echo(dump_recipe(recipe) if show else f"{file}: a valid {kind} recipe", nl=not show)
+
+
+@recipe_app.command()
+def schema(kind: Annotated[Kind, typer.Argument(help="Which schema.")]) -> None:
+    """Print the JSON Schema of a kind of recipe, for editors."""
+    from jam.recipe import schema as json_schema
+
+    typer.echo(json.dumps(json_schema(_schema_of(kind)), indent=2))
+
+
+def _schema_of(kind: Kind) -> type:
+    from finetune.recipe import FinetuneRecipe
+    from merge.recipe import MergeRecipe
+
+    return {Kind.merge: MergeRecipe, Kind.finetune: FinetuneRecipe}[kind]
+
+
+def _recipe_and_overrides(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Tell an optional recipe file, which comes first, from the overrides after it."""
+    if arguments and not re.match(r"[A-Za-z_][\w.-]*=", arguments[0]):
+        return Path(arguments[0]), list(arguments[1:])
+    return None, list(arguments)
+
+
+_ADVICE = {
+    errno.ENOSPC: "free some space or choose a folder on another disk",
+    errno.EDQUOT: "free some of your quota or choose a folder on another disk",
+    errno.EFBIG: "choose a folder on a file system that takes larger files",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "choose a path that you may read and write",
+    errno.EPERM: "choose a path that you may read and write",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ENOTDIR: "choose a path whose parents are folders",
+    errno.EISDIR: "choose a file, not a folder",
+}
+"""What the machine refused that is the user's to mend; any other OSError is a bug of ours."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the only place where errors turn into messages.
+
+    Args:
+        argv: arguments without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        app([argument for argument in arguments if argument != "--debug"], prog_name="jam")
+    except SystemExit as exit_:  # typer always ends so, also after its own usage errors (2) and Ctrl+C (130)
+        return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    except JamError as error:
+        message, code = str(error), error.exit_code
+        if debug:
+            raise
+    except OSError as error:
+        if debug or error.errno not in _ADVICE:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        code = JamError.exit_code
+        message = f"{place}{error.strerror}; required: room and leave to use this path; {_ADVICE[error.errno]}"
+    except KeyboardInterrupt:
+        return 130
+    for line in message.split("\n"):
+        print(f"error: {line}" if code == JamError.exit_code else line, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

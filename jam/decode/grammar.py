@@ -1,0 +1,210 @@
+"""Which ids may come next in a reply.
+
+A row of the batch is a small machine:
+
+    text:  text ids | <break> (if an image still fits) | </s> (if enough images were made)
+    image: codes, exactly N, then the closing control, which is forced
+    done:  after </s>, or when no room is left (``stop`` says which)
+
+Room is what the context and the token budget leave. An image is opened only if its begin, its N codes, its end and one
+more token fit, and images that are still owed (``min_images``) keep their room from the text before them; therefore
+every state has a legal id and no image is ever cut short. Role, pad, mask, infill and bos ids are never legal in a
+reply.
+
+Nothing here knows logits; the head of a state is that of ``jam.models.heads``.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from jam.errors import GenerationError
+from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD
+from jam.tokens.vocabulary import TEXT, Vocabulary
+
+Mode = Literal["interleaved", "text", "image"]
+MODES = ("interleaved", "text", "image")
+StopReason = Literal["eos", "length"]
+
+
+class Phase(Enum):
+    TEXT = "text"
+    IMAGE = "image"
+    CLOSE = "close"
+    DONE = "done"
+
+
+class Kind(Enum):
+    """What a token of a reply is."""
+
+    TEXT = "text"
+    BEGIN = "begin"
+    CODE = "code"
+    END = "end"
+    EOS = "eos"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The grammar of all rows of a call.
+
+    ``interleaved`` allows text and images, ``text`` text alone, ``image`` images alone (at least one).
+
+    Raises:
+        GenerationError: an unknown mode, bounds that contradict each other, or images asked of a model without them.
+    """
+
+    vocabulary: Vocabulary
+    mode: Mode = "interleaved"
+    min_images: int = 0
+    max_images: int = 4
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise GenerationError(f"mode is {self.mode!r}; required: one of {', '.join(MODES)}; choose one of them")
+        if not 0 <= self.min_images <= self.max_images:
+            raise GenerationError(
+                f"min_images is {self.min_images} and max_images {self.max_images}; required: "
+                "0 <= min_images <= max_images; change one of them"
+            )
+        if self.mode == "text" and self.min_images:
+            raise GenerationError(
+                f"mode is text and min_images {self.min_images}; text replies hold no image, "
+                "use mode interleaved or min_images 0"
+            )
+        if self.mode == "image" and not self.max_images:
+            raise GenerationError("mode is image and max_images 0; required: at least 1; raise max_images")
+        if self.needed_images and not self.can_draw:
+            raise GenerationError(
+                f"an image is asked for (mode {self.mode}, min_images {self.min_images}) and this model's vocabulary "
+                "has no images; use mode text or a model that makes images"
+            )
+        if "eos" not in self.vocabulary.controls:
+            raise GenerationError("this model's vocabulary has no 'eos' control to end a reply; name it in jam.json")
+
+    @property
+    def can_draw(self) -> bool:
+        names = {"begin_image", "end_image"} & set(self.vocabulary.controls)
+        return bool(self.vocabulary.codes_per_image and self.vocabulary.image_span and len(names) == 2)
+
+    @property
+    def needed_images(self) -> int:
+        return max(1, self.min_images) if self.mode == "image" else self.min_images
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one image: begin, codes, end."""
+        return self.vocabulary.codes_per_image + 2
+
+    @property
+    def needed_tokens(self) -> int:
+        """The smallest room in which a reply with the needed images ends well; 1 if none are needed."""
+        return self.needed_images * self.image_tokens + 1
+
+    @cached_property
+    def is_text(self) -> Tensor:
+        return torch.from_numpy(self.vocabulary.kinds()) == TEXT
+
+    @cached_property
+    def codes(self) -> Tensor:
+        """bool [V]: image codes."""
+        mask = torch.zeros(self.vocabulary.size, dtype=torch.bool)
+        span = self.vocabulary.image_span
+        if span is not None:
+            mask[span.start : span.stop] = True
+        return mask
+
+    @cached_property
+    def closing(self) -> Tensor:
+        """bool [V]: the control that ends an image."""
+        mask = torch.zeros(self.vocabulary.size, dtype=torch.bool)
+        mask[self.vocabulary.controls["end_image"]] = True
+        return mask
+
+    @cached_property
+    def _masks(self) -> dict[tuple[bool, bool, bool], Tensor]:
+        return {}
+
+    def between(self, text: bool, begin: bool, eos: bool) -> Tensor:
+        """bool [V] of a row outside an image: text ids, the opening control, the end, as allowed."""
+        key = (text, begin, eos)
+        if key not in self._masks:
+            mask = self.is_text.clone() if text else torch.zeros_like(self.is_text)
+            if begin:
+                mask[self.vocabulary.controls["begin_image"]] = True
+            if eos:
+                mask[self.vocabulary.controls["eos"]] = True
+            self._masks[key] = mask
+        return self._masks[key]
+
+
+@dataclass
+class Row:
+    """The state of one reply. ``room`` counts the tokens it may still have."""
+
+    rules: Rules
+    room: int
+    images: int = 0
+    codes: int = 0
+    phase: Phase = Phase.TEXT
+    stop: StopReason | None = None
+
+    def __post_init__(self) -> None:
+        if self.room < self.rules.needed_tokens:
+            raise AssertionError(f"room {self.room} is less than {self.rules.needed_tokens}; the caller checks this")
+
+    @property
+    def head(self) -> int:
+        """The head that predicts the next token."""
+        return IMAGE_HEAD if self.phase in (Phase.IMAGE, Phase.CLOSE) else TEXT_HEAD
+
+    @property
+    def owed(self) -> int:
+        return max(0, self.rules.needed_images - self.images)
+
+    def legal(self) -> Tensor:
+        """bool [V]: the ids that may come next; never empty before the end."""
+        rules = self.rules
+        match self.phase:
+            case Phase.IMAGE:
+                return rules.codes
+            case Phase.CLOSE:
+                return rules.closing
+            case Phase.TEXT:
+                after = self.owed * rules.image_tokens + 1 if self.owed else 0  # room that the owed images keep
+                text = rules.mode != "image" and self.room - 1 >= after
+                begin = rules.can_draw and rules.mode != "text" and self.images < rules.max_images
+                begin &= self.room >= max(self.owed, 1) * rules.image_tokens + 1
+                return rules.between(text, begin, eos=not self.owed)
+        raise AssertionError("a finished reply has no next token")
+
+    def advance(self, token: int) -> Kind:
+        """Takes the next token, which must be legal, and says what it is."""
+        if not self.legal()[token]:
+            raise AssertionError(f"token {token} is not legal in {self}")
+        controls = self.rules.vocabulary.controls
+        self.room -= 1
+        match self.phase:
+            case Phase.IMAGE:
+                self.codes += 1
+                if self.codes == self.rules.vocabulary.codes_per_image:
+                    self.phase = Phase.CLOSE
+                kind = Kind.CODE
+            case Phase.CLOSE:
+                self.images, self.codes, self.phase = self.images + 1, 0, Phase.TEXT
+                kind = Kind.END
+            case _ if token == controls["eos"]:
+                self.phase, self.stop = Phase.DONE, "eos"
+                return Kind.EOS
+            case _ if token == controls.get("begin_image"):
+                self.phase = Phase.IMAGE
+                kind = Kind.BEGIN
+            case _:
+                kind = Kind.TEXT
+        if self.room == 0:
+            self.phase, self.stop = Phase.DONE, "length"
+        return kind

@@ -1,0 +1,179 @@
+"""Steps to what a reader sees: text as it comes, images when they are whole, and the reply as a document.
+
+Stages: a step goes to its row's text or codes; whole UTF-8 characters leave as ``TextDelta``; the closing control of an
+image decodes its codes to pixels and leaves as ``ImageDone``; the last step leaves as ``Stop``.
+A half-written image never enters the document: stop reading at any step, and the reply is still well formed.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from PIL.Image import Image
+
+from jam.decode.engine import SamplingOptions, Step, generate
+from jam.decode.grammar import Kind, StopReason
+from jam.document import CodesPart, Document, Part, Role, TextPart
+from jam.models.load import Bundle
+from jam.tokens.text import TextStream
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    row: int
+    text: str
+
+
+@dataclass(frozen=True)
+class ImageStart:
+    row: int
+    index: int
+
+
+@dataclass(frozen=True)
+class ImageProgress:
+    """``done`` of ``total`` codes are there."""
+
+    row: int
+    index: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class ImageDone:
+    """A whole image: exact codes, and pixels if the model has an image tokenizer."""
+
+    row: int
+    index: int
+    codes: tuple[int, ...]
+    image: Image | None
+
+
+@dataclass(frozen=True)
+class Stop:
+    """``eos``: the model ended its reply; ``length``: the context or the token budget did."""
+
+    row: int
+    reason: StopReason
+
+
+Event = TextDelta | ImageStart | ImageProgress | ImageDone | Stop
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply in full. ``images`` are the pixels of the document's images, in order (empty without a tokenizer);
+    ``stop`` is ``cut`` while the model has not ended it."""
+
+    document: Document
+    images: tuple[Image, ...]
+    stop: StopReason | Literal["cut"]
+
+
+@dataclass
+class _Row:
+    role: Role
+    stream: TextStream
+    parts: list[Part] = field(default_factory=list)
+    text: list[int] = field(default_factory=list)
+    codes: list[int] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
+    drawn: int = 0
+    stop: StopReason | Literal["cut"] = "cut"
+
+
+class ReplyStream:
+    """Collects the steps of one ``generate`` call; ``push`` turns each into events."""
+
+    def __init__(self, bundle: Bundle, prompts: Sequence[Document]):
+        self.bundle = bundle
+        self.rows = [_Row(reply_role(prompt), TextStream(bundle.text)) for prompt in prompts]
+
+    def push(self, step: Step) -> list[Event]:
+        row, index = self.rows[step.row], step.row
+        events: list[Event] = []
+        match step.kind:
+            case Kind.TEXT:
+                row.text.append(step.token)
+                events += self._delta(index, row.stream.push(step.token))
+            case Kind.BEGIN:
+                events += self._close_text(index)
+                events.append(ImageStart(index, row.drawn))
+            case Kind.CODE:
+                row.codes.append(step.token - self.bundle.vocabulary.image_span.start)
+                total = self.bundle.vocabulary.codes_per_image
+                events.append(ImageProgress(index, row.drawn, len(row.codes), total))
+            case Kind.END:
+                events.append(self._close_image(index))
+            case Kind.EOS:
+                pass
+        if step.stop is not None:
+            events += self._close_text(index)
+            row.stop = step.stop
+            events.append(Stop(index, step.stop))
+        return events
+
+    def reply(self, index: int) -> Reply:
+        """The reply so far; an image that is not whole is left out."""
+        row = self.rows[index]
+        parts = [*row.parts, *self._text_part(row)]
+        return Reply(Document(tuple(parts)), tuple(row.images), row.stop)
+
+    def _delta(self, index: int, text: str) -> list[Event]:
+        return [TextDelta(index, text)] if text else []
+
+    def _text_part(self, row: _Row) -> list[Part]:
+        text = self.bundle.text.decode(row.text) if row.text else ""
+        return [TextPart(text, row.role)] if text else []
+
+    def _close_text(self, index: int) -> list[Event]:
+        row = self.rows[index]
+        row.parts += self._text_part(row)
+        rest = self._delta(index, row.stream.flush())
+        row.text, row.stream = [], TextStream(self.bundle.text)
+        return rest
+
+    def _close_image(self, index: int) -> ImageDone:
+        row = self.rows[index]
+        codes = tuple(row.codes)
+        image = None
+        if self.bundle.image is not None:
+            (image,) = self.bundle.image.decode(np.array([codes]))
+            row.images.append(image)
+        row.parts.append(CodesPart(codes, row.role))
+        row.codes = []
+        row.drawn += 1
+        return ImageDone(index, row.drawn - 1, codes, image)
+
+
+def reply_role(prompt: Document) -> Role:
+    """The assistant answers a conversation; a plain document goes on as itself."""
+    last = prompt.parts[-1].role if prompt.parts else "document"
+    return "document" if last == "document" else "assistant"
+
+
+def events(
+    bundle: Bundle,
+    prompts: Sequence[Document],
+    options: SamplingOptions | None = None,
+    streams: Sequence[int] | None = None,
+) -> Iterator[Event]:
+    """The events of ``jam.decode.engine.generate``, with its arguments and errors."""
+    stream = ReplyStream(bundle, prompts)
+    steps = generate(bundle, prompts, options, streams)
+    return (event for step in steps for event in stream.push(step))
+
+
+def replies(
+    bundle: Bundle,
+    prompts: Sequence[Document],
+    options: SamplingOptions | None = None,
+    streams: Sequence[int] | None = None,
+) -> list[Reply]:
+    """Whole replies, in the order of the prompts; arguments and errors of ``jam.decode.engine.generate``."""
+    stream = ReplyStream(bundle, prompts)
+    for step in generate(bundle, prompts, options, streams):
+        stream.push(step)
+    return [stream.reply(index) for index in range(len(prompts))]

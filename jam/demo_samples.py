@@ -1,0 +1,179 @@
+"""What the demo shows and measures on held-out data: losses, pictures for captions, replies to questions.
+
+All choices of rows are even strides through the shipped splits: fixed, spread over styles and subjects, and never
+picked by looking at a result. Each model's samples come from one seed.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from finetune import mini_data
+from finetune.sources import encode_cached
+from jam.decode.engine import SamplingOptions, encode_images, generate
+from jam.decode.stream import Reply, ReplyStream
+from jam.document import CodesPart, Document, TextPart, from_messages
+from jam.evaluate.loss import evaluate_captions, evaluate_text
+from jam.models.load import Bundle, load_bundle
+from jam.tokens.image import ImageTokenizer
+
+Advance = Callable[[float], None]
+CAPTION_SPLITS = {"validation": ("validation",), "test": ("combination", "label")}
+PICTURE_SPLITS = ("combination", "label")
+QUESTION_SPLITS = ("wording", "subject")
+DRAWABLE = ("animals-nature", "food-drink", "travel-places", "objects", "activities")  # things, not signs or faces
+
+
+def spread(rows: Sequence, count: int) -> list:
+    """``count`` rows at even strides (all of them when there are fewer).
+
+    >>> spread("abcdef", 3)
+    ['a', 'c', 'e']
+    """
+    count = min(count, len(rows))
+    return [rows[at * len(rows) // count] for at in range(count)]
+
+
+def held_out_texts(split: str, size: int) -> list[str]:
+    """Texts of a split at even strides, about ``size`` bytes in all."""
+    texts = mini_data.texts(split)
+    mean = sum(len(text.encode()) for text in texts) / len(texts)
+    return spread(texts, max(1, round(size / mean)))
+
+
+def held_out_captions(split: str, count: int, tokenizer: ImageTokenizer) -> list[Document]:
+    """Captioned images of a split as documents with codes, an equal share of each kind of held-out image."""
+    kinds = CAPTION_SPLITS[split]
+    chosen: list[dict] = []
+    for kind in kinds:
+        chosen += spread([row for row in mini_data.image_rows() if row["split"] == kind], count // len(kinds))
+    archive = mini_data.ImageArchive()
+    codes = encode_cached(tokenizer, [row["file"] for row in chosen], lambda at: archive.open(chosen[at]["file"]))
+    captions = [TextPart(mini_data.caption_for(row)) for row in chosen]
+    return [Document((text, CodesPart(tuple(row.tolist())))) for text, row in zip(captions, codes, strict=True)]
+
+
+def held_out_losses(folder: Path, image_parent: Path, settings, advance: Advance) -> dict:
+    """Both losses of a model on both splits; ``image`` is None for a model without image head.
+
+    Images become codes through the image parent's tokenizer, which every fusion carries unchanged.
+    """
+    bundle = load_bundle(folder)
+    tokenizer = ImageTokenizer.load(image_parent / "image_tokenizer")
+    result: dict = {"parameters": sum(parameter.numel() for parameter in bundle.model.parameters())}
+    for number, split in enumerate(("validation", "test")):
+        start = number / 2
+        texts = held_out_texts(split, settings.text_bytes)
+        captions = held_out_captions(split, settings.captions, tokenizer)
+        result[split] = {
+            "text": evaluate_text(bundle, texts, progress=lambda d, n, start=start: advance(start + d / n / 4)),
+            "image": evaluate_captions(
+                bundle, captions, progress=lambda d, n, start=start: advance(start + 0.25 + d / n / 4)
+            ),
+            "text_bytes": sum(len(text.encode()) for text in texts),
+            "captions": len(captions),
+        }
+    return result
+
+
+def answers(bundle: Bundle, prompts: list[Document], options: SamplingOptions, advance: Advance) -> list[Reply]:
+    """The replies to prompts, in one batch."""
+    stream = ReplyStream(bundle, prompts)
+    for step in generate(bundle, prompts, options):
+        stream.push(step)
+        advance(min(1.0, (step.position + 1) / options.max_tokens))
+    return [stream.reply(index) for index in range(len(prompts))]
+
+
+def _save(image: Image.Image, path: Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return path.name
+
+
+def draw_pictures(folder: Path, target: Path, settings, advance: Advance) -> list[dict]:
+    """One image for each of some held-out captions, beside the real one.
+
+    Returns:
+        rows {"caption", "split", "real", "image"}; files lie in ``target``, ``image`` is None when none was drawn.
+    """
+    bundle = load_bundle(folder)
+    chosen: list[dict] = []
+    for split in PICTURE_SPLITS:
+        rows = [row for row in mini_data.image_rows() if row["split"] == split and row["group"] in DRAWABLE]
+        chosen += spread(rows, settings.pictures)
+    prompts = [Document((TextPart(mini_data.caption_for(row)),)) for row in chosen]
+    codes = bundle.vocabulary.codes_per_image
+    options = SamplingOptions(mode="image", max_images=1, max_tokens=codes + 3, seed=settings.seed)
+    replies = answers(bundle, prompts, options, advance)
+    archive, result = mini_data.ImageArchive(), []
+    for number, (row, reply) in enumerate(zip(chosen, replies, strict=True)):
+        result.append(
+            {
+                "caption": mini_data.caption_for(row),
+                "split": row["split"],
+                "real": _save(archive.open(row["file"]), target / f"picture-{number}-real.png"),
+                "image": _save(reply.images[0], target / f"picture-{number}.png") if reply.images else None,
+            }
+        )
+    return result
+
+
+def held_out_questions(count: int) -> list[dict]:
+    """First turns of held-out conversations, ``count`` a split, the kinds of question in turn."""
+    chosen = []
+    for split in QUESTION_SPLITS:
+        by_kind: dict[str, list[dict]] = {}
+        for row in mini_data.conversations(split):
+            by_kind.setdefault(row["kind"], []).append(row)
+        kinds = sorted(by_kind)
+        share = -(-count // max(1, len(kinds)))
+        columns = [spread(by_kind[kind], share) for kind in kinds]
+        in_turn = [column[at] for at in range(share) for column in columns if at < len(column)]
+        chosen += in_turn[:count]
+    return chosen
+
+
+def write_replies(folder: Path, target: Path, settings, advance: Advance) -> list[dict]:
+    """A model's replies to held-out questions.
+
+    Returns:
+        rows {"split", "kind", "question", "reply"}; both are lists of {"type": "text", "text"} and {"type": "image",
+        "path"} with files in ``target``.
+    """
+    bundle = load_bundle(folder)
+    archive, rows = mini_data.ImageArchive(), held_out_questions(settings.questions)
+    questions = [from_messages(row["messages"][:1], archive.open) for row in rows]
+    prompts = [encode_images(bundle, question) for question in questions]
+    options = SamplingOptions(max_images=2, max_tokens=settings.reply_tokens, seed=settings.seed)
+    replies = answers(bundle, prompts, options, advance)
+    result = []
+    for number, (row, reply) in enumerate(zip(rows, replies, strict=True)):
+        blocks = row["messages"][0]["content"]
+        blocks = [{"type": "text", "text": blocks}] if isinstance(blocks, str) else blocks
+        question = []
+        for at, block in enumerate(blocks):
+            if block["type"] == "image":
+                name = _save(archive.open(block["path"]), target / f"question-{number}-{at}.png")
+                block = {"type": "image", "path": name}
+            question.append(block)
+        result.append(
+            {
+                "split": row["split"],
+                "kind": row["kind"],
+                "question": question,
+                "reply": _blocks(reply, target, f"reply-{number}"),
+            }
+        )
+    return result
+
+
+def _blocks(reply: Reply, target: Path, stem: str) -> list[dict]:
+    blocks, images = [], iter(reply.images)
+    for at, part in enumerate(reply.document.parts):
+        if isinstance(part, CodesPart):
+            blocks.append({"type": "image", "path": _save(next(images), target / f"{stem}-{at}.png")})
+        else:
+            blocks.append({"type": "text", "text": part.text})
+    return blocks

@@ -1,0 +1,97 @@
+"""One document type for every use: training sample, prompt, reply, chat history.
+
+A document is an ordered tuple of parts. A part is text, an image still in pixels, or an image as codes; it carries the
+role that spoke it and the weight of its loss. Nothing here knows ids: ``jam.tokens.render`` is the only writer of
+control tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from PIL.Image import Image
+
+from jam.errors import DataError
+
+Role = Literal["document", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class TextPart:
+    text: str
+    role: Role = "document"
+    loss: float = 1.0
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """An image in pixels (RGB), not tokenised yet."""
+
+    image: Image
+    role: Role = "document"
+    loss: float = 1.0
+
+
+@dataclass(frozen=True)
+class CodesPart:
+    """A whole image as VQ codes in raster order, each in [0, codebook size)."""
+
+    codes: tuple[int, ...]
+    role: Role = "document"
+    loss: float = 1.0
+
+
+Part = TextPart | ImagePart | CodesPart
+
+
+@dataclass(frozen=True)
+class Document:
+    parts: tuple[Part, ...]
+
+    def with_codes(self, encode: Callable[[list[Image]], list[tuple[int, ...]]]) -> "Document":
+        """The same document with every :class:`ImagePart` turned into codes by one call of ``encode``."""
+        images = [part.image for part in self.parts if isinstance(part, ImagePart)]
+        codes = iter(encode(images) if images else ())
+        parts = (
+            CodesPart(next(codes), part.role, part.loss) if isinstance(part, ImagePart) else part for part in self.parts
+        )
+        return Document(tuple(parts))
+
+
+def from_messages(messages: object, open_image: Callable[[str], Image]) -> Document:
+    """Messages (OpenAI / TRL parts) to a document: loss 1 on what the assistant says, text and images alike, else 0.
+
+    ``content`` is a string, or a list of ``{"type": "text", "text": ...}`` and ``{"type": "image", "path": ...}``.
+
+    Raises:
+        DataError: the structure is not that; the message says where.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise DataError("messages: expected a non-empty list of {role, content}; write one entry a turn")
+    parts: list[Part] = []
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
+        if not isinstance(message, dict) or message.get("role") not in ("user", "assistant"):
+            raise DataError(f"{where}: expected a mapping with role 'user' or 'assistant'; mend or remove this turn")
+        role: Role = message["role"]
+        loss = 1.0 if role == "assistant" else 0.0
+        content = message.get("content")
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(blocks, list) or not blocks:
+            raise DataError(f"{where}.content: expected text or a non-empty list of parts; give this turn content")
+        for index, block in enumerate(blocks):
+            match block:
+                case {"type": "text", "text": str(text)}:
+                    parts.append(TextPart(text, role, loss))
+                case {"type": "image", "path": str(path)}:
+                    parts.append(ImagePart(open_image(path), role, loss))
+                case _:
+                    raise DataError(
+                        f"{where}.content[{index}]: expected {{type: text, text}} or {{type: image, path}}; mend this part"
+                    )
+    return Document(tuple(parts))
+
+
+def without_loss(document: Document) -> Document:
+    """The same document as pure context."""
+    return Document(tuple(replace(part, loss=0.0) for part in document.parts))

@@ -1,0 +1,1 @@
+"""Measuring models: what a held-out text or image costs them."""

@@ -1,0 +1,194 @@
+"""A checkpoint folder, parent or fused, to a :class:`Bundle` of everything that runs it.
+
+Stages: headers and sizes (``jam.checkpoint``: missing files, truncated shards) -> jam.json, tokenizers -> the network
+by transformers -> one pass over its tensors for NaN and infinity -> the parts fit each other. Nothing is repaired: a
+folder that lacks a tensor is refused where transformers would fill in random numbers.
+
+:meth:`Bundle.logits` is the one way to scores, the same for a single-table model and the two-tower one. This file
+neither samples nor trains, and opens no network connection.
+
+Shapes: B batch, T query tokens, S key slots, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from jam.checkpoint import open_checkpoint
+from jam.errors import CheckpointError, GenerationError
+from jam.models import cross  # also registers jam_cross with transformers' Auto classes
+from jam.models.heads import allowed_ids, restrict
+from jam.models.masks import default_positions, mask_for
+from jam.tokens.image import ImageTokenizer
+from jam.tokens.text import TextTokenizer
+from jam.tokens.vocabulary import JamFile, Vocabulary
+
+Softmax = Literal["restricted", "joint"]
+
+
+@dataclass
+class Bundle:
+    """A model with its vocabulary and tokenizers.
+
+    Attributes:
+        image: None for a model that makes no images.
+        unconditional: names of the controls that stand for "no condition" before an image.
+    """
+
+    path: Path
+    model: PreTrainedModel
+    vocabulary: Vocabulary
+    text: TextTokenizer
+    image: ImageTokenizer | None
+    unconditional: tuple[str, ...]
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence that the model has positions for."""
+        return self.model.config.max_position_embeddings
+
+    def logits(
+        self,
+        input_ids_BT: Tensor,
+        head_ids_BT: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        softmax: Softmax = "restricted",
+        model: nn.Module | None = None,
+    ) -> tuple[Tensor, Cache | None]:
+        """Scores [B, T, V] of the token after each position, and the cache.
+
+        Args:
+            input_ids_BT: int64 ids.
+            head_ids_BT: int64, the head that predicts the token *after* each position (``jam.models.heads``).
+            attention_mask: [B, S], 1 or True for real tokens; or bool [B, 1, T, S], True where a query may attend.
+                S counts what the cache holds and T; a preallocated cache may be longer, its empty slots are hidden.
+            position_ids: int64 [B, T] from 0 (OPT's table adds its own offset). By default counted along a 2D mask or
+                on from the cache; required with a 4D mask.
+            past_key_values: with ``use_cache`` and None, a new growing cache is made.
+            softmax: "restricted" gives the ids that the position's head does not own the lowest finite value; "joint"
+                leaves one softmax over all ids (single-table models only).
+            model: a wrapped replacement (accelerate, DDP) of ``self.model``.
+
+        Raises:
+            GenerationError: "joint" of a model with two heads.
+            ValueError: a 4D mask without positions.
+        """
+        if position_ids is None:
+            position_ids = default_positions(input_ids_BT, attention_mask, past_key_values)
+        config = self.model.config
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config)
+        inputs = {
+            "input_ids": input_ids_BT,
+            "attention_mask": mask_for(
+                config, attention_mask, self.model.dtype, past_key_values, input_ids_BT.shape[1]
+            ),
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+        }
+        run = self.model if model is None else model
+        if isinstance(self.model, cross.JamCrossForCausalLM):
+            if softmax == "joint":
+                raise GenerationError(
+                    "softmax 'joint' of a two-tower model: its two heads share no scale; use 'restricted', or a model "
+                    "with one table"
+                )
+            output = run(**inputs, head_ids=head_ids_BT)
+            return output.logits, output.past_key_values
+        output = run(**inputs)
+        logits_BTV = output.logits
+        if softmax == "restricted":
+            logits_BTV = restrict(logits_BTV, head_ids_BT, allowed_ids(self.vocabulary, logits_BTV.device))
+        return logits_BTV, output.past_key_values
+
+
+def load_bundle(path: Path, dtype: torch.dtype = torch.float32) -> Bundle:
+    """Everything in a folder, on the CPU, in eval mode.
+
+    Raises:
+        CheckpointError: no folder, config, shards, tokenizer or jam.json; a truncated shard; tensors missing, of the
+            wrong shape or not finite; an unknown model type; parts that do not belong together.
+    """
+    path = Path(path)
+    checkpoint = open_checkpoint(path)
+    record = JamFile.read(path)
+    text = TextTokenizer.load(path)
+    image = None if record.image_tokenizer is None else ImageTokenizer.load(path / record.image_tokenizer)
+    model = load_model(path, checkpoint.config, dtype)
+    bundle = Bundle(path, model, record.vocabulary, text, image, record.unconditional)
+    _check_parts(bundle)
+    return bundle
+
+
+def load_model(path: Path, config: dict, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The network alone, whole and finite.
+
+    Args:
+        config: the folder's config.json.
+
+    Raises:
+        CheckpointError: as :func:`load_bundle`.
+    """
+    model_type = config.get("model_type")
+    if model_type != "jam_cross" and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise CheckpointError(
+            f"{path}: model type {model_type!r} is not a causal language model that transformers or jam knows; "
+            "point to another checkpoint"
+        )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path}: transformers cannot load it ({reason[:300]}); mend config.json or weights"
+        ) from error
+    wrong = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
+    if wrong or info["unexpected_keys"]:
+        extra = sorted(info["unexpected_keys"])
+        raise CheckpointError(
+            f"{path}: {len(wrong)} tensors missing or misshapen, {len(extra)} unexpected ({(wrong + extra)[0]}, ...); "
+            "config.json and weights must come from one model"
+        )
+    for name, tensor in model.state_dict().items():
+        # the sum of a tensor is not finite if any element is not; the exact test runs only then (a sum may overflow)
+        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(f"{path}: tensor {name} has {bad} NaN or infinite numbers; restore the checkpoint")
+    return model.eval()
+
+
+def _check_parts(bundle: Bundle) -> None:
+    vocabulary, path, image = bundle.vocabulary, bundle.path, bundle.image
+    rows = bundle.model.config.vocab_size
+    if rows < vocabulary.size:
+        raise CheckpointError(f"{path}: the model has {rows} rows, jam.json names {vocabulary.size} ids; mend jam.json")
+    words = bundle.text.tokenizer.get_vocab_size()
+    if words > vocabulary.size:
+        raise CheckpointError(
+            f"{path}: tokenizer.json has {words} tokens, jam.json names {vocabulary.size} ids; use one pair"
+        )
+    if image is not None and (image.codebook_size, image.codes_per_image) != (
+        vocabulary.codebook_size,
+        vocabulary.codes_per_image,
+    ):
+        raise CheckpointError(
+            f"{path}: the image tokenizer makes {image.codes_per_image} codes of {image.codebook_size}, jam.json says "
+            f"{vocabulary.codes_per_image} of {vocabulary.codebook_size}; they must belong together"
+        )

@@ -1,0 +1,115 @@
+"""Safe opening of images, and images to codes and back.
+
+An image file is foreign input: its header is read first, and size, frames and format are checked before any pixel is
+decoded (``MAX_PIXELS`` bounds memory: 32 Mpx decode to about 100 MB).
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image as Pil
+from PIL import ImageOps, UnidentifiedImageError
+
+from jam.errors import DataError
+from jam.tokens.vq import VQModel
+
+MAX_PIXELS = 32_000_000
+MAX_SIDE = 16_384
+MAX_BYTES = 20_000_000
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+def open_image(source: Path | bytes, name: str | None = None) -> Pil.Image:
+    """An RGB image, EXIF orientation applied, transparency put on white.
+
+    Args:
+        source: a file, or the bytes of one.
+        name: what to call it in errors; the path by default.
+
+    Raises:
+        DataError: not a readable PNG, JPEG or WebP; too many pixels or bytes; animated; truncated.
+    """
+    name = name or (str(source) if isinstance(source, Path) else "image")
+    if isinstance(source, Path):
+        if not source.is_file():
+            raise DataError(f"{name}: no such image file; check the path")
+        if source.stat().st_size > MAX_BYTES:
+            raise DataError(f"{name}: {source.stat().st_size} bytes, at most {MAX_BYTES} are read; shrink the image")
+        source = source.read_bytes()
+    try:
+        image = Pil.open(io.BytesIO(source), formats=FORMATS)
+        width, height = image.size
+        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+            raise DataError(
+                f"{name}: {width} x {height} px; at most {MAX_PIXELS // 1_000_000} Mpx and {MAX_SIDE} px a side "
+                "are decoded; shrink the image"
+            )
+        frames = getattr(image, "n_frames", 1)  # Pillow defines it for multi-frame formats only
+        if frames != 1:
+            raise DataError(f"{name}: {frames} frames; one is required, save a single frame")
+        image.load()
+    except DataError:
+        raise
+    except (UnidentifiedImageError, Pil.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+        reason = str(error).replace("\n", " ").split("<_io")[0].strip()
+        raise DataError(f"{name}: not a readable PNG, JPEG or WebP ({reason}); convert or replace the file") from None
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Pil.new("RGBA", image.size, "white")
+        white.alpha_composite(image)
+        image = white
+    return image.convert("RGB")
+
+
+class ImageTokenizer:
+    """A frozen VQ network with its pixel conventions: centre crop to a square, bicubic to ``resolution``."""
+
+    def __init__(self, network: VQModel):
+        self.network = network
+
+    @classmethod
+    def load(cls, folder: Path) -> "ImageTokenizer":
+        return cls(VQModel.load(folder))
+
+    @property
+    def codes_per_image(self) -> int:
+        return self.network.config.codes_per_image
+
+    @property
+    def codebook_size(self) -> int:
+        return self.network.config.n_embed
+
+    @property
+    def resolution(self) -> int:
+        return self.network.config.resolution
+
+    def pixels(self, images: list[Pil.Image]) -> torch.Tensor:
+        """RGB images of any size to float [B, 3, S, S] in [-1, 1]."""
+        side = self.resolution
+        fitted = [im if im.size == (side, side) else ImageOps.fit(im, (side, side), Pil.BICUBIC) for im in images]
+        stacked = torch.from_numpy(np.stack([np.asarray(im.convert("RGB")) for im in fitted]))
+        return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def encode(self, images: list[Pil.Image], batch_size: int = 64) -> np.ndarray:
+        """int64 [len(images), codes_per_image]."""
+        chunks = [images[at : at + batch_size] for at in range(0, len(images), batch_size)]
+        codes = [self.network.encode(self.pixels(chunk)).numpy() for chunk in chunks]
+        return np.concatenate(codes) if codes else np.zeros((0, self.codes_per_image), np.int64)
+
+    def decode(self, codes: np.ndarray) -> list[Pil.Image]:
+        """int [B, codes_per_image] to B RGB images.
+
+        Raises:
+            DataError: wrong length or codes outside the codebook.
+        """
+        codes = np.asarray(codes, dtype=np.int64)
+        if codes.ndim != 2 or codes.shape[1] != self.codes_per_image:
+            raise DataError(f"codes of shape {codes.shape}; [batch, {self.codes_per_image}] are required for an image")
+        if codes.size and not (codes.min() >= 0 and codes.max() < self.codebook_size):
+            raise DataError(f"codes in [{codes.min()}, {codes.max()}]; the codebook has {self.codebook_size} entries")
+        pixels = self.network.decode(torch.from_numpy(codes))
+        array = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        return [Pil.fromarray(item) for item in array]

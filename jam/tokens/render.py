@@ -1,0 +1,161 @@
+"""Document <-> token ids: the only writer of control tokens.
+
+Layout (CM3Leon, arXiv 2309.02591, figure 9: text <break> image <break> ... <eos>), with roles for conversations:
+
+    <s> text <break> codes <break> text </s>                                     a plain document
+    <s> <user> text <assistant> text <break> codes <break> text </s> <user> ...  a conversation
+
+A role token stands wherever the speaker changes; ``</s>`` closes a plain document and every assistant turn.
+Each token also carries the *head* that predicts it, text or image (``design``: two heads are never compared), and its
+loss weight. The head is local: a token is predicted by the image head when an image is open before it, the closing
+``<break>`` included.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jam.document import CodesPart, Document, ImagePart, Part, Role, TextPart
+from jam.errors import DataError
+from jam.tokens.text import TextTokenizer
+from jam.tokens.vocabulary import IMAGE, Vocabulary
+
+TEXT_HEAD, IMAGE_HEAD = 0, 1
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Parallel arrays of one document, length T.
+
+    ``ids`` int32; ``heads`` uint8, the head that predicts this token; ``weights`` float32, the weight of its loss
+    (position 0 is never predicted); ``segments`` int32 numbers the text and image segments from 0, -1 on controls.
+    """
+
+    ids: np.ndarray
+    heads: np.ndarray
+    weights: np.ndarray
+    segments: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class _Writer:
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.heads: list[int] = []
+        self.weights: list[float] = []
+        self.segments: list[int] = []
+        self.segment = -1
+
+    def add(self, ids: list[int], head: int, weight: float, control: bool) -> None:
+        if not control:
+            self.segment += 1
+        self.ids += ids
+        self.heads += [head] * len(ids)
+        self.weights += [weight] * len(ids)
+        self.segments += [-1 if control else self.segment] * len(ids)
+
+    def tokens(self) -> Tokens:
+        return Tokens(
+            np.array(self.ids, np.int32),
+            np.array(self.heads, np.uint8),
+            np.array(self.weights, np.float32),
+            np.array(self.segments, np.int32),
+        )
+
+
+def render(document: Document, vocabulary: Vocabulary, text: TextTokenizer, complete: bool = True) -> Tokens:
+    """Writes a document as tokens.
+
+    Args:
+        complete: True closes the document with ``</s>``; False leaves it open for the model to go on, and after a user
+            turn appends the assistant's role token (a prompt).
+
+    Raises:
+        DataError: an image in pixels (tokenise it first), an image of the wrong length, or a control that this
+            vocabulary lacks.
+    """
+    controls = vocabulary.controls
+
+    def control(name: str) -> list[int]:
+        if name not in controls:
+            raise DataError(f"this model's vocabulary has no {name!r} control; use one with it or another document")
+        return [controls[name]]
+
+    writer = _Writer()
+    writer.add(control("bos"), TEXT_HEAD, 0.0, True)
+    role: Role = "document"
+    weight = 0.0
+    for part in document.parts:
+        if part.role != role:
+            if role == "assistant":
+                writer.add(control("eos"), TEXT_HEAD, weight, True)
+            writer.add(control(part.role), TEXT_HEAD, 0.0, True)
+            role = part.role
+        weight = part.loss
+        match part:
+            case TextPart():
+                ids = text.encode(part.text)
+                if ids:
+                    writer.add(ids, TEXT_HEAD, weight, False)
+            case CodesPart():
+                if len(part.codes) != vocabulary.codes_per_image:
+                    raise DataError(
+                        f"an image of {len(part.codes)} codes; this vocabulary's images have exactly "
+                        f"{vocabulary.codes_per_image}"
+                    )
+                writer.add(control("begin_image"), TEXT_HEAD, weight, True)
+                writer.add(vocabulary.image_ids(np.array(part.codes)).tolist(), IMAGE_HEAD, weight, False)
+                writer.add(control("end_image"), IMAGE_HEAD, weight, True)
+            case ImagePart():
+                raise DataError("an image in pixels cannot be rendered; turn it into codes first (Document.with_codes)")
+    if complete:
+        writer.add(control("eos"), TEXT_HEAD, weight, True)
+    elif role == "user":
+        writer.add(control("assistant"), TEXT_HEAD, 0.0, True)
+    return writer.tokens()
+
+
+def parse(ids: list[int], vocabulary: Vocabulary, text: TextTokenizer) -> Document:
+    """The inverse of :func:`render` for complete streams of documents with codes and canonical text.
+
+    Raises:
+        DataError: the stream breaks the grammar (an image of the wrong length, a stray code).
+    """
+    kinds = vocabulary.kinds()
+    controls = vocabulary.controls
+    begin, end = controls.get("begin_image"), controls.get("end_image")
+    start = vocabulary.image_span.start if vocabulary.image_span else 0
+    parts: list[Part] = []
+    role: Role = "document"
+    pending: list[int] = []
+
+    def close_text() -> None:
+        if pending:
+            parts.append(TextPart(text.decode(pending), role, 0.0 if role == "user" else 1.0))
+            pending.clear()
+
+    at, length = 0, vocabulary.codes_per_image
+    while at < len(ids):
+        token = ids[at]
+        if kinds[token] == IMAGE:
+            raise DataError(f"token {at}: an image code outside an image; the stream breaks the grammar")
+        if token == begin and length:
+            close_text()
+            codes = ids[at + 1 : at + 1 + length]
+            if len(codes) < length or any(kinds[c] != IMAGE for c in codes) or ids[at + 1 + length : at + 2 + length] != [end]:
+                raise DataError(f"token {at}: an image that has not exactly {length} codes and a closing token")
+            parts.append(CodesPart(tuple(c - start for c in codes), role, 0.0 if role == "user" else 1.0))
+            at += length + 2
+            continue
+        if token in (controls.get("user"), controls.get("assistant")):
+            close_text()
+            role = "user" if token == controls.get("user") else "assistant"
+        elif token in (controls["bos"], controls["eos"]):
+            close_text()
+        else:
+            pending.append(token)
+        at += 1
+    close_text()
+    return Document(tuple(parts))

@@ -1,0 +1,65 @@
+"""The text tokenizer: ``tokenizer.json`` through the ``tokenizers`` library, never importing transformers.
+
+User text can never become a control id: a typed ``<break>`` is encoded as ordinary text. Control ids are written by
+``jam.tokens.render`` alone.
+"""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from jam.errors import CheckpointError
+
+
+class TextTokenizer:
+    def __init__(self, tokenizer: Tokenizer):
+        tokenizer.encode_special_tokens = True  # special tokens in user text are text
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, folder: Path) -> "TextTokenizer":
+        """Raises CheckpointError when the folder has no readable ``tokenizer.json``."""
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: no tokenizer.json; save the model's fast tokenizer into this folder")
+        try:
+            return cls(Tokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises bare Exception for a bad file
+            raise CheckpointError(f"{path}: {error}; the file is damaged, restore it from its source") from None
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [item.ids for item in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class TextStream:
+    """Turns ids that arrive one by one into text that never splits a UTF-8 character.
+
+    ``push`` returns the newly finished text; ``flush`` returns what is left, with U+FFFD where bytes are missing.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.sent = ""
+
+    def push(self, token: int) -> str:
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        if text.endswith("\ufffd") and len(self.ids) < 8:  # an unfinished character; no character has over 4 bytes
+            return ""
+        return self._send(text)
+
+    def flush(self) -> str:
+        return self._send(self.tokenizer.decode(self.ids)) if self.ids else ""
+
+    def _send(self, text: str) -> str:
+        delta, self.sent = text[len(self.sent) :], text
+        return delta

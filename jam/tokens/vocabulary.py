@@ -1,0 +1,143 @@
+"""One id space of named spans, and the file that records it (``jam.json``).
+
+A vocabulary partitions ``[0, size)`` into spans of three kinds: text, control, image. Which ids may follow, how loss is
+split by modality and how long an image is all derive from it. ``controls`` names the control ids in use; a control id
+without a name is reserved.
+
+CM3Leon's ``<break>`` both opens and closes an image, so ``begin_image`` and ``end_image`` may be one id; Chameleon has two.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from jam.errors import CheckpointError
+
+Kind = Literal["control", "text", "image"]
+CONTROL, TEXT, IMAGE = 0, 1, 2  # values of Vocabulary.kinds()
+_KIND_VALUE: dict[str, int] = {"control": CONTROL, "text": TEXT, "image": IMAGE}
+CONTROL_NAMES = ("bos", "pad", "eos", "mask", "infill", "begin_image", "end_image", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Ids ``start`` to ``stop - 1``, all of one kind."""
+
+    kind: Kind
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Spans that partition the ids, named controls, and the exact number of codes of an image (0: no images)."""
+
+    spans: tuple[Span, ...]
+    controls: dict[str, int]
+    codes_per_image: int = 0
+
+    def __post_init__(self) -> None:
+        at = 0
+        for span in self.spans:
+            if span.start != at or span.stop <= span.start:
+                raise CheckpointError(
+                    f"vocabulary: span {span.kind} [{span.start}, {span.stop}) does not start at {at}; "
+                    "spans must partition the ids in order, mend jam.json"
+                )
+            at = span.stop
+        if sum(span.kind == "image" for span in self.spans) > 1:
+            raise CheckpointError("vocabulary: more than one image span; image ids must be contiguous, mend jam.json")
+        kinds = self.kinds()
+        for name, index in self.controls.items():
+            if name not in CONTROL_NAMES or not 0 <= index < self.size or kinds[index] != CONTROL:
+                raise CheckpointError(
+                    f"vocabulary: control {name}={index} is unknown or outside a control span; "
+                    f"names are {', '.join(CONTROL_NAMES)}, mend jam.json"
+                )
+
+    @property
+    def size(self) -> int:
+        return self.spans[-1].stop
+
+    @property
+    def image_span(self) -> Span | None:
+        return next((span for span in self.spans if span.kind == "image"), None)
+
+    @property
+    def codebook_size(self) -> int:
+        span = self.image_span
+        return span.stop - span.start if span else 0
+
+    def kinds(self) -> np.ndarray:
+        """uint8 [size]: CONTROL, TEXT or IMAGE for every id."""
+        return np.concatenate([np.full(s.stop - s.start, _KIND_VALUE[s.kind], np.uint8) for s in self.spans])
+
+    def image_ids(self, codes: np.ndarray) -> np.ndarray:
+        """Codes to ids, any shape.
+
+        Raises:
+            CheckpointError: there is no image span, or a code lies outside the codebook.
+        """
+        codes = np.asarray(codes, dtype=np.int64)
+        span = self.image_span
+        if span is None:
+            raise CheckpointError("this vocabulary has no image span; use a model with image ids for images")
+        if codes.size and not (codes.min() >= 0 and codes.max() < self.codebook_size):
+            raise CheckpointError(
+                f"image codes span [{codes.min()}, {codes.max()}], the codebook has {self.codebook_size}; "
+                "the image tokenizer and the model must belong together"
+            )
+        return codes + span.start
+
+    def to_json(self) -> dict:
+        return {
+            "spans": [[span.kind, span.start, span.stop] for span in self.spans],
+            "controls": dict(self.controls),
+            "codes_per_image": self.codes_per_image,
+        }
+
+    @classmethod
+    def from_json(cls, raw: dict) -> "Vocabulary":
+        spans = tuple(Span(kind, start, stop) for kind, start, stop in raw["spans"])
+        return cls(spans, dict(raw["controls"]), raw["codes_per_image"])
+
+
+@dataclass(frozen=True)
+class JamFile:
+    """``jam.json``: what a checkpoint folder says beyond transformers' own files.
+
+    ``unconditional`` names the controls that stand for "no condition" before an image (classifier-free guidance);
+    ``image_tokenizer`` is a subfolder, or None for a text model; ``fusion`` is the merge's record or None.
+    """
+
+    vocabulary: Vocabulary
+    image_tokenizer: str | None = None
+    unconditional: tuple[str, ...] = ("bos", "mask", "begin_image")
+    fusion: dict | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> "JamFile":
+        """Raises CheckpointError when the file is missing or does not parse."""
+        path = Path(folder) / "jam.json"
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: no jam.json; jam needs it to know which ids are text, control and image")
+        try:
+            raw = json.loads(path.read_text())
+            return cls(
+                Vocabulary.from_json(raw["vocabulary"]), raw["image_tokenizer"], tuple(raw["unconditional"]), raw["fusion"]
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: {error!r}; the file is damaged, restore it from its source") from None
+
+    def write(self, folder: Path) -> None:
+        raw = {
+            "format": 1,
+            "vocabulary": self.vocabulary.to_json(),
+            "image_tokenizer": self.image_tokenizer,
+            "unconditional": list(self.unconditional),
+            "fusion": self.fusion,
+        }
+        (Path(folder) / "jam.json").write_text(json.dumps(raw, indent=2) + "\n")

@@ -1,0 +1,285 @@
+"""The VQGAN image tokenizer: encoder, codebook, decoder.
+
+The network is the one of Esser et al., *Taming Transformers* (arXiv 2012.09841, section 3.1 and appendix A), which
+Gafni et al., CM3Leon, Chameleon and LVM inherit, and its parameters carry the names of that lineage
+(``encoder.down.0.block.0.norm1.weight``), so that checkpoints map without a table. Training (codebook
+updates, losses) is not here: a tokenizer at use is frozen.
+
+Shapes: B batch, C channels, S image side in pixels, G grid side in codes (S / downsampling), K codebook size.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from jam.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """Sizes of a VQGAN, under taming's names.
+
+    ``resolution`` is the image side in pixels. ``patch`` folds patch x patch pixels into channels before the first
+    convolution and unfolds them after the last (1 is the lineage's network; 2 removes the finest level, where a CPU
+    spends most of its time). The grid has ``resolution / patch / 2 ** (len(ch_mult) - 1)`` codes a side;
+    ``attn_resolutions`` are sides after folding.
+    """
+
+    resolution: int = 64
+    patch: int = 2
+    ch: int = 64
+    ch_mult: tuple[int, ...] = (1, 2, 3)
+    num_res_blocks: int = 1
+    attn_resolutions: tuple[int, ...] = (8,)
+    z_channels: int = 192
+    embed_dim: int = 32
+    n_embed: int = 1024
+
+    @property
+    def grid(self) -> int:
+        return self.resolution // self.patch // 2 ** (len(self.ch_mult) - 1)
+
+    @property
+    def codes_per_image(self) -> int:
+        return self.grid**2
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        self.same_channels = in_channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (x if self.same_channels else self.nin_shortcut(x)) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions of a small grid."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # [B, G*G, C]
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # the lineage pads right and below only
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _level(blocks: list[nn.Module], attentions: list[nn.Module]) -> nn.Module:
+    level = nn.Module()
+    level.block = nn.ModuleList(blocks)
+    level.attn = nn.ModuleList(attentions)
+    return level
+
+
+def _middle(channels: int) -> nn.Module:
+    middle = nn.Module()
+    middle.block_1 = ResnetBlock(channels, channels)
+    middle.attn_1 = AttnBlock(channels)
+    middle.block_2 = ResnetBlock(channels, channels)
+    return middle
+
+
+def _run_middle(middle: nn.Module, h: Tensor) -> Tensor:
+    return middle.block_2(middle.attn_1(middle.block_1(h)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        self.patch = config.patch
+        self.conv_in = nn.Conv2d(3 * config.patch**2, config.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        channels, side = config.ch, config.resolution // config.patch
+        for index, multiplier in enumerate(config.ch_mult):
+            blocks, attentions = [], []
+            for _ in range(config.num_res_blocks):
+                blocks.append(ResnetBlock(channels, config.ch * multiplier))
+                channels = config.ch * multiplier
+                if side in config.attn_resolutions:
+                    attentions.append(AttnBlock(channels))
+            level = _level(blocks, attentions)
+            if index + 1 < len(config.ch_mult):
+                level.downsample = Downsample(channels)
+                side //= 2
+            self.down.append(level)
+        self.mid = _middle(channels)
+        self.norm_out = _norm(channels)
+        self.conv_out = nn.Conv2d(channels, config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch))
+        for index, level in enumerate(self.down):
+            for number, block in enumerate(level.block):
+                h = block(h)
+                if len(level.attn):
+                    h = level.attn[number](h)
+            if index + 1 < len(self.down):
+                h = level.downsample(h)
+        return self.conv_out(F.silu(self.norm_out(_run_middle(self.mid, h))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        channels, side = config.ch * config.ch_mult[-1], config.grid
+        self.conv_in = nn.Conv2d(config.z_channels, channels, 3, padding=1)
+        self.mid = _middle(channels)
+        levels = []
+        for index in reversed(range(len(config.ch_mult))):
+            blocks, attentions = [], []
+            for _ in range(config.num_res_blocks + 1):
+                blocks.append(ResnetBlock(channels, config.ch * config.ch_mult[index]))
+                channels = config.ch * config.ch_mult[index]
+                if side in config.attn_resolutions:
+                    attentions.append(AttnBlock(channels))
+            level = _level(blocks, attentions)
+            if index > 0:
+                level.upsample = Upsample(channels)
+                side *= 2
+            levels.insert(0, level)
+        self.up = nn.ModuleList(levels)  # the lineage numbers levels from the finest
+        self.norm_out = _norm(channels)
+        self.conv_out = nn.Conv2d(channels, 3 * config.patch**2, 3, padding=1)
+        self.patch = config.patch
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = _run_middle(self.mid, self.conv_in(z))
+        for index in reversed(range(len(self.up))):
+            level = self.up[index]
+            for number, block in enumerate(level.block):
+                h = block(h)
+                if len(level.attn):
+                    h = level.attn[number](h)
+            if index > 0:
+                h = level.upsample(h)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
+
+
+class Quantizer(nn.Module):
+    """The codebook: ``embedding.weight`` is [K, embed_dim]."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        self.embedding = nn.Embedding(config.n_embed, config.embed_dim)
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """Index of the nearest code, Euclidean, for each row: float32 [N, embed_dim] -> int64 [N]."""
+        book = self.embedding.weight.float()
+        return (book.square().sum(1) - 2 * z.float() @ book.T).argmin(1)
+
+
+class VQModel(nn.Module):
+    """Images to codes and back; pixels are float in [-1, 1], codes int64 in [0, K)."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quantize = Quantizer(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+        self.decoder = Decoder(config)
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Unquantised latents: [B, 3, S, S] -> [B, embed_dim, G, G]."""
+        return self.quant_conv(self.encoder(pixels))
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Codes in raster order: [B, 3, S, S] -> [B, G*G]."""
+        z = self.latents(pixels)
+        rows = z.permute(0, 2, 3, 1).reshape(-1, self.config.embed_dim)
+        return self.quantize.nearest(rows).view(pixels.shape[0], -1)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Pixels clipped to [-1, 1]: [B, G*G] -> [B, 3, S, S]."""
+        grid = self.config.grid
+        z = self.quantize.embedding(codes).view(-1, grid, grid, self.config.embed_dim).permute(0, 3, 1, 2)
+        return self.decode_latents(z).clamp(-1, 1)
+
+    def decode_latents(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z))
+
+    def save(self, folder: Path) -> None:
+        """Writes ``config.json`` and ``model.safetensors`` (bfloat16, codebook in float32).
+
+        The codebook keeps float32: rounding it would move nearest-neighbour borders, and with them the codes.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        keep = "quantize.embedding.weight"
+        tensors = {
+            name: tensor.detach().to(torch.float32 if name == keep else torch.bfloat16).contiguous()
+            for name, tensor in self.state_dict().items()
+        }
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps({"model_type": "vqgan", **asdict(self.config)}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "VQModel":
+        """Reads a folder written by :meth:`save`; the network runs in float32.
+
+        Raises:
+            CheckpointError: the folder lacks a file, or its tensors do not fit its config.
+        """
+        folder = Path(folder)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder}: no {name}; an image tokenizer folder needs it, point to a whole one")
+        raw = json.loads((folder / "config.json").read_text())
+        if raw.pop("model_type", None) != "vqgan":
+            raise CheckpointError(f"{folder}/config.json: model_type is not 'vqgan'; point to an image tokenizer folder")
+        config = VQConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+        model = cls(config)
+        tensors = load_file(folder / "model.safetensors")
+        missing, unexpected = model.load_state_dict(
+            {name: tensor.float() for name, tensor in tensors.items()}, strict=False
+        )
+        if missing or unexpected:
+            raise CheckpointError(
+                f"{folder}/model.safetensors: {len(missing)} tensors missing, {len(unexpected)} unexpected "
+                f"(first: {(missing + unexpected)[0]}); config and weights must come from one tokenizer"
+            )
+        return model.eval().requires_grad_(False)

@@ -1,0 +1,1 @@
+"""Merging: a recipe and two parents become one checkpoint folder."""

@@ -1,0 +1,96 @@
+"""The merge recipe: which parents, which method, and that method's choices.
+
+One section per method; a section of another method than the chosen one may only hold its defaults, since a setting
+that is silently ignored is worse than an error. Reads no checkpoint: what the parents allow is the plan's matter.
+"""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from jam.recipe import Recipe, Section
+
+
+class UniformSection(Section):
+    """Weighted mean of two parents of the same shape."""
+
+    weight: float = Field(
+        0.5, ge=0.0, le=1.0, description="share of the text parent in the mean, 0 to 1; 1 gives the text parent"
+    )
+
+
+class WidthSection(Section):
+    """Both parents side by side in one model of their summed width."""
+
+    off_diagonal: Literal["copy", "average", "zero"] = Field(
+        "copy", description="blocks that join one parent's features to the other's: copy, average or zero"
+    )
+
+
+class CrossSection(Section):
+    """Two towers that exchange states through gated cross-attention."""
+
+    every: int = Field(2, ge=1, description="layers of the shallower tower between two exchanges, 1 or more")
+    tables: Literal["separate", "shared"] = Field(
+        "separate",
+        description="separate: a token table and a head per tower, which keeps both parents' outputs at step 0; "
+        "shared: one table and one head over the concatenated states, as in the paper",
+    )
+    ffn_ratio: int = Field(4, ge=1, description="width of a cross block's feed-forward layer over its tower's width")
+    init_std: float = Field(0.02, gt=0.0, description="standard deviation of the new cross blocks' weights")
+
+
+class RowsSection(Section):
+    """Vocabulary rows that neither copying nor transplanting can fill."""
+
+    allow_new: Literal["mean"] | None = Field(
+        None, description="how to start rows that have no source: null refuses the merge, mean takes the mean row"
+    )
+
+
+class MergeRecipe(Recipe):
+    """Fuse a text model and an image model into one checkpoint folder. Paths are relative to the working directory."""
+
+    aliases: ClassVar[dict[str, str]] = {
+        "merge_method": "method",
+        "base_model": "text",
+        "text_model": "text",
+        "llm": "text",
+        "image_model": "image",
+        "output": "out",
+        "output_dir": "out",
+        "output_path": "out",
+        "out_path": "out",
+        "out_dtype": "dtype",
+        "torch_dtype": "dtype",
+        "alpha": "uniform.weight",
+        "t": "uniform.weight",
+        "random_seed": "seed",
+        "cross_every": "cross.every",
+    }
+
+    kind: Literal["merge"] = Field("merge", description="the schema that this file follows")
+    method: Literal["uniform", "width", "cross"] = Field(
+        description="uniform, width or cross; run jam inspect to see which fit"
+    )
+    text: Path | None = Field(None, description="folder of the text parent; null is the shipped mini text model")
+    image: Path | None = Field(None, description="folder of the image parent; null is the shipped mini image model")
+    out: Path = Field(description="folder to write, which must not exist or be empty")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="type of the written tensors")
+    seed: int = Field(0, ge=0, description="seed of newly made weights (cross blocks)")
+    uniform: UniformSection = Field(UniformSection(), description="choices of the uniform method")
+    width: WidthSection = Field(WidthSection(), description="choices of the width method")
+    cross: CrossSection = Field(CrossSection(), description="choices of the cross method")
+    rows: RowsSection = Field(RowsSection(), description="vocabulary rows without a source")
+
+    @model_validator(mode="after")
+    def _no_ignored_section(self) -> "MergeRecipe":
+        sections: dict[str, Section] = {"uniform": self.uniform, "width": self.width, "cross": self.cross}
+        for name, section in sections.items():
+            if name != self.method and section != type(section)():
+                raise ValueError(
+                    f'"{name}" has settings but method is "{self.method}", which would ignore them; required: settings '
+                    f'of the chosen method only; remove "{name}" or set method to "{name}"'
+                )
+        return self

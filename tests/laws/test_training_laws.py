@@ -1,0 +1,155 @@
+"""Laws of training: packing changes no loss, micro-batches add up, kills and resumes change nothing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune import checkpoint
+from finetune.loss import cross_entropy
+from finetune.pack import Placed, collate
+from finetune.recipe import FinetuneRecipe
+from finetune.run import Reporter, run_finetune
+from jam.errors import RunError
+from jam.models.load import load_bundle
+from tests.laws.test_data_laws import recipe_for, tokens_of
+from tests.tiny import tiny_pair
+
+
+def nats(bundle, placed: list[Placed], length: int) -> torch.Tensor:
+    batch = collate([placed], [0], length, pad=1)
+    logits, _ = bundle.logits(batch.ids, batch.head_ids, attention_mask=batch.mask, position_ids=batch.positions)
+    return cross_entropy(logits.float(), batch)[0][batch.labels[0] >= 0]
+
+
+def test_packed_loss_equals_separate_documents(tmp_path):
+    _, image = tiny_pair(tmp_path)
+    bundle = load_bundle(image)
+    placed = [Placed(tokens_of(seed, images=1), offset) for seed, offset in ((0, 0), (1, 31), (2, 7))]
+    with torch.no_grad():
+        packed = nats(bundle, placed, 128)
+        separate = torch.cat([nats(bundle, [one], len(one.tokens)) for one in placed])
+    assert torch.allclose(packed, separate, atol=1e-5)
+    assert packed.std() > 0.1  # the tiny model is not uniform
+
+
+def with_train(recipe: FinetuneRecipe, **train) -> FinetuneRecipe:
+    raw = recipe.model_dump(mode="json")
+    raw["train"] |= train
+    raw["output_dir"] = raw["output_dir"] + "-" + "-".join(f"{k}{v}" for k, v in train.items())
+    return FinetuneRecipe.model_validate(raw)
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+class StopAfter(Reporter):
+    """Cuts a run short as a kill would: an exception between two steps, nothing saved on the way out."""
+
+    def __init__(self, step: int):
+        self.last = step
+
+    def step(self, report) -> None:
+        if report.step == self.last:
+            raise KeyboardInterrupt
+
+
+def test_eight_micro_batches_of_one_equal_one_of_eight(tmp_path):
+    tiny_pair(tmp_path)
+    recipe = recipe_for(tmp_path)
+    one = run_finetune(with_train(recipe, micro_batch_size=8, global_batch_size=8))
+    many = run_finetune(with_train(recipe, micro_batch_size=1, global_batch_size=8))
+    for name, tensor in final_weights(one).items():
+        assert torch.allclose(tensor, final_weights(many)[name], atol=2e-5), name
+    logs = [[json.loads(line) for line in open(folder.parent / "log.jsonl")] for folder in (one, many)]
+    assert logs[0][-1]["loss"] == pytest.approx(logs[1][-1]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, ema):
+    _, image = tiny_pair(tmp_path)
+    base = recipe_for(tmp_path).model_dump(mode="json")
+    base["save"] = {"every": 3, "keep": 2}
+    base["train"] = base["train"] | {"steps": 10, "ema": ema}
+    straight = run_finetune(FinetuneRecipe.model_validate(base | {"output_dir": str(tmp_path / "straight")}))
+    broken = FinetuneRecipe.model_validate(base | {"output_dir": str(tmp_path / "broken")})
+    for stop in (4, 5, 8):
+        with pytest.raises(KeyboardInterrupt):
+            run_finetune(broken, reporter=StopAfter(stop))
+    resumed = run_finetune(broken)
+    before = final_weights(image)
+    for name, tensor in final_weights(straight).items():
+        assert torch.equal(tensor, final_weights(resumed)[name]), name
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in final_weights(straight).items())
+    steps = [json.loads(line)["step"] for line in open(tmp_path / "broken" / "log.jsonl")]
+    assert steps == sorted(set(steps))
+
+
+def train_a_little(tmp_path: Path) -> tuple[FinetuneRecipe, Path]:
+    tiny_pair(tmp_path)
+    raw = recipe_for(tmp_path).model_dump(mode="json")
+    raw["save"] = {"every": 2, "keep": 3}
+    recipe = FinetuneRecipe.model_validate(raw)
+    run_finetune(recipe)
+    return recipe, tmp_path / "run"
+
+
+@pytest.mark.parametrize("victim", ["model.safetensors", "train/optimizer.safetensors", "state.json", "COMPLETE", "MANIFEST.json"])
+@pytest.mark.parametrize("damage", ["truncate", "remove"])
+def test_a_damaged_checkpoint_is_never_resumed_in_silence(tmp_path, victim, damage):
+    """transformers' Trainer resumes with a fresh optimizer when optimizer.pt is gone; here the older one is used, aloud."""
+    _, run = train_a_little(tmp_path)
+    newest = checkpoint.listed(run)[0]
+    path = newest / victim
+    if damage == "remove" or path.stat().st_size == 0:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-3])
+    lines: list[str] = []
+    found = checkpoint.newest(run, lines.append)
+    assert found == checkpoint.listed(run)[1]
+    assert len(lines) == 1 and str(newest) in lines[0]
+
+
+def test_a_changed_setting_is_refused_with_its_name(tmp_path):
+    recipe, _ = train_a_little(tmp_path)
+    raw = recipe.model_dump(mode="json")
+    raw["optim"]["lr"] = 0.5
+    with pytest.raises(RunError, match=r"optim\.lr: was .* is 0\.5"):
+        run_finetune(FinetuneRecipe.model_validate(raw))
+
+
+def test_two_runs_on_one_folder_are_refused(tmp_path):
+    from finetune.run import run_lock
+
+    tiny_pair(tmp_path)
+    with run_lock(tmp_path / "run"), pytest.raises(RunError, match="in use"):
+        run_finetune(recipe_for(tmp_path))
+
+
+def test_a_frozen_group_does_not_move_and_the_rest_does(tmp_path):
+    _, image = tiny_pair(tmp_path)
+    raw = recipe_for(tmp_path).model_dump(mode="json")
+    raw["optim"]["groups"] = [{"match": r"layers\.0\.", "lr_mul": 0.0}]
+    final = final_weights(run_finetune(FinetuneRecipe.model_validate(raw)))
+    before = final_weights(image)
+    frozen = [name for name in before if "layers.0." in name]
+    assert frozen and all(torch.equal(before[name], final[name]) for name in frozen)
+    assert not torch.equal(before["model.decoder.layers.1.fc1.weight"], final["model.decoder.layers.1.fc1.weight"])
+    raw["optim"]["groups"] = [{"match": "no such name", "lr_mul": 0.0}]
+    raw["output_dir"] = str(tmp_path / "other")
+    with pytest.raises(RunError, match="no such name"):
+        run_finetune(FinetuneRecipe.model_validate(raw))
+
+
+def test_final_folder_loads_without_jam(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    recipe, run = train_a_little(tmp_path)
+    shutil.rmtree(tmp_path / "image")
+    model = AutoModelForCausalLM.from_pretrained(run / "final")
+    assert model.config.vocab_size == load_bundle(run / "final").vocabulary.size
