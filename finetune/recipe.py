@@ -161,11 +161,9 @@ class SaveSection(Section):
 
 
 class LogSection(Section):
-    """What is written to log.jsonl, and when the held-out losses are taken."""
+    """What is written to log.jsonl, and how often."""
 
     every: int = Field(10, ge=1, description="steps between two lines of the log")
-    evaluate_every: int = Field(0, ge=0, description="steps between two evaluations; 0 is only at the end")
-    evaluate_tokens: int = Field(20_000, ge=1, description="held-out tokens that an evaluation reads, per source")
 
 
 class FinetuneRecipe(Recipe):
@@ -212,7 +210,6 @@ class FinetuneRecipe(Recipe):
         "save_steps": "save.every",
         "save_total_limit": "save.keep",
         "logging_steps": "log.every",
-        "eval_steps": "log.evaluate_every",
         "base_model": "model",
         "model_name_or_path": "model",
         "out": "output_dir",
@@ -234,7 +231,7 @@ class FinetuneRecipe(Recipe):
     optim: OptimSection = Field(OptimSection(), description="AdamW and its schedule")
     train: TrainSection = Field(description="length, batches and arithmetic: at least train.tokens or train.steps")
     save: SaveSection = Field(SaveSection(), description="checkpoints")
-    log: LogSection = Field(LogSection(), description="log and evaluation")
+    log: LogSection = Field(LogSection(), description="the log")
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> "FinetuneRecipe":

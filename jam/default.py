@@ -52,7 +52,7 @@ def default_model() -> Path:
     final = cache / f"chat-{content_key(_ingredients(chat, parents))}"
     if (final / "config.json").is_file():
         return final
-    print("jam: merging the shipped model, once ...", end="", flush=True, file=sys.stderr)
+    print("jam: making the default model from its parts, once (seconds)", file=sys.stderr)
     work = cache / f".{final.name}.tmp-{os.getpid()}"
     shutil.rmtree(work, ignore_errors=True)
     try:
@@ -64,7 +64,6 @@ def default_model() -> Path:
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    print(" done", file=sys.stderr)
     return final
 
 
@@ -79,4 +78,7 @@ def _build(chat: Path, parents: tuple[Path, Path], work: Path) -> None:
     recipe = recipe.model_copy(update={"text": parents[0], "image": parents[1], "out": work / "merged"})
     work.mkdir(parents=True)
     run_merge(recipe)
-    apply_difference(work / "merged", chat / DIFFERENCE, work / "tuned")
+    tuned = apply_difference(work / "merged", chat / DIFFERENCE, work / "tuned")
+    for file in chat.iterdir():  # its own model card and recipes, where it has them
+        if file.is_file() and file.name not in (RECIPE, DIFFERENCE):
+            shutil.copyfile(file, tuned / file.name)

@@ -34,8 +34,9 @@ class Settings:
 
     text_parent: str
     image_parent: str
-    pretrain_tokens: int = 160_000  # each fusion
-    tune_tokens: int = 160_000
+    precision: str = "fp32"
+    pretrain_tokens: int = 65_536  # each fusion
+    tune_tokens: int = 65_536
     seq_len: int = 512
     batch: int = 4  # sequences of an optimizer step
     text_bytes: int = 40_000  # held-out text of a split; about 10,000 tokens

@@ -93,7 +93,7 @@ def facts(bench: Workbench, measured: dict) -> list[tuple[str, str]]:
     return [
         ("continued pretraining", f"{settings.pretrain_tokens:,} tokens each fusion, half text and half captions"),
         ("instruction tuning", f"{settings.tune_tokens:,} tokens, best fusion only"),
-        ("sequences", f"{settings.seq_len} tokens, {settings.batch} a step"),
+        ("sequences", f"{settings.seq_len} tokens, {settings.batch} a step, in {settings.precision}"),
         ("held out, each split", f"{split['text_bytes']:,} bytes of text, {split['captions']} captioned images"),
         ("seed", str(settings.seed)),
         ("versions", ", ".join(f"{name} {number}" for name, number in versions)),

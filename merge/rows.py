@@ -178,5 +178,7 @@ def describe(labels: Sequence[str]) -> dict:
 
 def tower_labels(source: np.ndarray, side: str) -> list[str]:
     """Fates of a table made by ``tower_map``."""
-    labels = [f"{side} row" if row == index else f"{side} row {row}" for index, row in enumerate(source.tolist())]
+    labels = [
+        f"{side} row" if row == index else f"foreign: {side} eos row" for index, row in enumerate(source.tolist())
+    ]
     return [f"foreign: mean of {side} rows" if source[i] == MEAN else label for i, label in enumerate(labels)]

@@ -69,7 +69,7 @@ class AverageRows:
 
 
 def origins(text: Parent, image: Parent) -> np.ndarray:
-    """uint8 [V]: BOTH, TEXT or IMAGE for every joint id. A reserved id that neither owns is averaged if both have it."""
+    """uint8 [V]: BOTH, TEXT or IMAGE per joint id; a reserved id that neither owns is averaged if both have it."""
     size = image.vocabulary.size
     ours, theirs = owned(text.vocabulary, size), owned(image.vocabulary, size)
     result = np.full(size, BOTH, np.uint8)

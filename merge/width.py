@@ -164,8 +164,8 @@ def plan(text: Parent, image: Parent, recipe: MergeRecipe) -> Plan:
     notes = [
         f"one norm over {sizes.model} features mixes the statistics of both halves, so that not even zero off-diagonal "
         "blocks keep a parent's function exactly",
-        "head_scale 1: logits are the sum of both parents' logits (scaled by the mixed norm), hence sharper than either's "
-        "where they agree; training settles it",
+        "head_scale 1: logits are the sum of both parents' logits (scaled by the mixed norm), hence sharper than "
+        "either's where they agree; training settles it",
     ]
     if text.sizes.tied != image.sizes.tied:
         notes.append("one parent ties its head to its table and the other does not: the result is untied")

@@ -1,6 +1,6 @@
 """A fused two-tower folder written tensor by tensor from two tiny parents, as the format says, without ``merge``.
 
-The networks' laws then stand on their own: a mistake in the merge cannot hide one in the model, nor the other way round.
+The networks' laws then stand on their own: a mistake in the merge cannot hide one in the model, nor the reverse.
 """
 
 import json
@@ -26,13 +26,17 @@ def tiny_cross(
     seed: int = 7,
 ) -> Path:
     """Fuses two parents of :func:`tests.tiny.tiny_pair` with equal tokenizers; every gate is ``gate``."""
-    configs = {side: json.loads((path / "config.json").read_text()) for side, path in (("text", text), ("image", image))}
+    configs = {
+        side: json.loads((path / "config.json").read_text()) for side, path in (("text", text), ("image", image))
+    }
     record = JamFile.read(image)
     size = record.vocabulary.size
     depths = [configs[side]["num_hidden_layers"] for side in ("text", "image")]
     if exchanges is None:
         steps = min(depths) // 2
-        exchanges = [[2 * depths[0] // min(depths) * (e + 1), 2 * depths[1] // min(depths) * (e + 1)] for e in range(steps)]
+        exchanges = [
+            [2 * depths[0] // min(depths) * (e + 1), 2 * depths[1] // min(depths) * (e + 1)] for e in range(steps)
+        ]
     tensors: dict[str, torch.Tensor] = {}
     for side, path in (("text", text), ("image", image)):
         for name, tensor in load_file(path / "model.safetensors").items():
@@ -63,7 +67,9 @@ def tiny_cross(
     }
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(image / name, folder / name)
     shutil.copytree(image / "image_tokenizer", folder / "image_tokenizer")

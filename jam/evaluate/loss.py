@@ -141,7 +141,8 @@ def evaluate_captions(
 ) -> float | None:
     """Nats per image code of captioned images; None for a model without an image head.
 
-    Codes are predicted from their caption and the codes before them. Only code positions count: the closing ``<break>`` is forced in use, and the caption is a condition.
+    Codes are predicted from their caption and the codes before them. Only code positions count: the closing
+    ``<break>`` is forced in use, and the caption is a condition.
 
     Raises:
         DataError: no image in the documents, images still in pixels or of the wrong length, or a document longer than

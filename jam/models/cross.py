@@ -226,6 +226,13 @@ class JamCrossForCausalLM(PreTrainedModel, GenerationMixin):
             out_NV = out_NV.index_copy_(0, at, place(own[kind], parts[kind], size))
         return out_NV.unflatten(0, heads_BT.shape)
 
+    def joint(self, text_BTD: Tensor, image_BTE: Tensor) -> Tensor:
+        """[..., V], every id scored by the shared head. Raises ValueError for two heads, which share no scale."""
+        if self.config.tables != "shared":
+            raise ValueError("one softmax over two heads that share no scale; use restricted logits or shared tables")
+        z_BTD = self.shared.project(torch.cat([text_BTD, image_BTE], -1))
+        return nn.functional.linear(z_BTD, self.shared.embed.weight)
+
     @can_return_tuple
     @merge_with_config_defaults
     def forward(
@@ -235,6 +242,7 @@ class JamCrossForCausalLM(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         head_ids: Tensor | None = None,
+        restricted: bool = True,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -247,10 +255,12 @@ class JamCrossForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask, position_ids: see :meth:`states`.
             head_ids: int64 [B, T], the head that predicts the token *after* each position; by default read off
                 ``input_ids``, which must then be whole sequences.
+            restricted: False leaves one softmax over all ids (``tables="shared"`` only).
             labels: int64 [B, T], ids to predict in place (shifted inside), -100 to leave out.
 
         Raises:
-            ValueError: no ``head_ids`` with a filled cache; what a ``<break>`` means depends on the ids before it.
+            ValueError: no ``head_ids`` with a filled cache (what a ``<break>`` means depends on the ids before it), or
+                one softmax asked of two heads.
         """
         if head_ids is None:
             if past_key_values is not None and past_key_values.get_seq_length() > 0:
@@ -263,7 +273,7 @@ class JamCrossForCausalLM(PreTrainedModel, GenerationMixin):
         )
         text_BTD, image_BTE = (slice_logits_to_keep(states, logits_to_keep) for states in (text_BTD, image_BTE))
         heads_BT = slice_logits_to_keep(head_ids[..., None], logits_to_keep)[..., 0]
-        logits_BTV = self.logits(text_BTD, image_BTE, heads_BT)
+        logits_BTV = self.logits(text_BTD, image_BTE, heads_BT) if restricted else self.joint(text_BTD, image_BTE)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -8,8 +8,8 @@ A block changes its own tower's states x from the other tower's states y:
 
 Both directions of an exchange read the same states from before it. The scalar gate starts at zero and is the *only*
 zero (two would never learn: the product's gradient is zero), so that a fresh fusion equals its towers. Design:
-JAM-Cross (arXiv 2309.15564, section 3.3), whose zero-initialised output is here the gate of Flamingo
-(arXiv 2204.14198, section 3.1.2).
+JAM-Cross (arXiv 2309.15564), cross-attention in both directions between corresponding layers; norms, FFN and the scalar
+gate (Flamingo, arXiv 2204.14198) are choices of ours.
 
 Keys of a position are its own and earlier ones (the self-attention's mask serves, both streams have the same tokens)
 and lie in their own slot of the one cache. This file knows no families, no heads over the vocabulary and no positions:

@@ -11,6 +11,7 @@ Shapes: B batch, T query tokens, S key slots, V vocabulary.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -47,6 +48,12 @@ class Bundle:
     image: ImageTokenizer | None
     unconditional: tuple[str, ...]
 
+    @cached_property
+    def _allowed_2V(self) -> Tensor:
+        """What each head may say, with rows of the model beyond the vocabulary (padding of the table) never allowed."""
+        spare = self.model.config.vocab_size - self.vocabulary.size
+        return nn.functional.pad(allowed_ids(self.vocabulary), (0, spare), value=False)
+
     @property
     def max_positions(self) -> int:
         """The longest sequence that the model has positions for."""
@@ -75,7 +82,7 @@ class Bundle:
                 on from the cache; required with a 4D mask.
             past_key_values: with ``use_cache`` and None, a new growing cache is made.
             softmax: "restricted" gives the ids that the position's head does not own the lowest finite value; "joint"
-                leaves one softmax over all ids (single-table models only).
+                leaves one softmax over all ids (models with one table only).
             model: a wrapped replacement (accelerate, DDP) of ``self.model``.
 
         Raises:
@@ -98,17 +105,17 @@ class Bundle:
         }
         run = self.model if model is None else model
         if isinstance(self.model, cross.JamCrossForCausalLM):
-            if softmax == "joint":
+            if softmax == "joint" and config.tables == "separate":
                 raise GenerationError(
-                    "softmax 'joint' of a two-tower model: its two heads share no scale; use 'restricted', or a model "
+                    "softmax 'joint' of a model with two heads, which share no scale; use 'restricted', or a model "
                     "with one table"
                 )
-            output = run(**inputs, head_ids=head_ids_BT)
+            output = run(**inputs, head_ids=head_ids_BT, restricted=softmax == "restricted")
             return output.logits, output.past_key_values
         output = run(**inputs)
         logits_BTV = output.logits
         if softmax == "restricted":
-            logits_BTV = restrict(logits_BTV, head_ids_BT, allowed_ids(self.vocabulary, logits_BTV.device))
+            logits_BTV = restrict(logits_BTV, head_ids_BT, self._allowed_2V.to(logits_BTV.device))
         return logits_BTV, output.past_key_values
 
 

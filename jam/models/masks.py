@@ -30,7 +30,7 @@ def mask_for(
     """The mask as the attention implementation of ``config`` reads it; 2D masks and None go through.
 
     A 4D bool mask is widened by hidden slots to the size of a preallocated cache, and for eager attention, which adds
-    masks to scores, turned into 0 and the dtype's lowest finite value.
+    masks to scores, turned into 0 and a lowest finite value.
 
     Args:
         length: T of this call.
@@ -42,4 +42,6 @@ def mask_for(
         mask = torch.nn.functional.pad(mask, (0, slots - mask.shape[-1]), value=False)
     if config._attn_implementation != "eager":
         return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    # eager attention takes its softmax in float32: float64's lowest number would round to -inf there
+    lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)

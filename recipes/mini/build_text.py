@@ -25,7 +25,7 @@ import unicodedata
 import zipfile
 from pathlib import Path
 
-from common import WIKIPEDIA, WORDNET, hash_fraction, npm_tarball, read_rows, sentences, wheel, write_rows
+from text_tools import WIKIPEDIA, WORDNET, hash_fraction, npm_tarball, read_rows, sentences, wheel, write_rows
 
 GLOSS_CHARACTERS = 5_000_000  # keeps both files together under 4 MB compressed
 FOLD = str.maketrans(
@@ -51,8 +51,8 @@ TAXON = re.compile(r"^(genus|family|order|class|phylum|subfamily|superfamily|sub
 def fold(text: str) -> str:
     """Typographic signs to ASCII, accents kept only where Western European spelling has them.
 
-    >>> fold("the “kanō” – a café’s")
-    'the "kano" - a café\\'s'
+    >>> fold("the \\u201ckan\\u014d\\u201d \\u2013 a caf\\xe9")
+    'the "kano" - a café'
     """
     out = []
     for char in unicodedata.normalize("NFC", text).translate(FOLD):

@@ -10,16 +10,17 @@ Stages, in order:
 It will not guess a subject from a similar name.
 """
 
-import json
 import re
-import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from build_text import fold, foreign, row_lemma, split_of, wordnet_senses
-from common import COUNTRYINFO, WORDNET, npm_tarball, read_rows, sentences, wheel
+from country_facts import NO_FACTS, load_countries
+from text_tools import WORDNET, npm_tarball, read_rows, sentences
+from wordings import is_plural, phrase
 
-TEXT_CHARACTERS = 150  # about 40 tokens of the mini tokenizer
+TEXT_TOKENS = 45
 
 # Lexicographer files of WordNet that fit an emoji group or subgroup, most fitting first.
 ACT, ANIMAL, ARTIFACT, BODY, COGNITION, COMMUNICATION, EVENT, FOOD, GROUP, PLACE, OBJECT, PERSON = (
@@ -61,8 +62,92 @@ FILES_BY_GROUP = {
     "flag": (ARTIFACT, COMMUNICATION),
 }
 # Wrong senses, found by reading; label -> reason.
-NOT_WORDNET: dict[str, str] = {}
-NOT_WIKIPEDIA: dict[str, str] = {}
+NOT_WORDNET: dict[str, str] = {
+    "black cat": "the fisher, a marten",
+    "black flag": "a pirate flag; the picture is plain black",
+    "blue book": "a government report",
+    "cityscape": "a painting",
+    "construction": "any thing constructed; the picture is a barrier",
+    "mount fuji": "calls it extinct, which it is not",
+}
+NOT_WIKIPEDIA: dict[str, str] = {
+    "construction": "the activity; the picture is a barrier",
+    "flag: Ireland": "the island, not the country",
+    "flag: Micronesia": "the region, not the country",
+    "peanuts": "the comic strip",
+    "radio button": "radio",
+    "sponge": "the animal; the picture is for cleaning",
+    "turkey": "the country, not the bird",
+}
+# The fitting sense, by words of its gloss, where the file or the order of senses would pick another one.
+CHOSEN = {
+    "abacus": "a calculator that performs",
+    "alien": "a form of life assumed to exist outside the Earth",
+    "baggage claim": "arriving passengers",
+    "ballet dancer": "trained dancer",
+    "bank": "business of banking",
+    "biohazard": "hazard to humans",
+    "bubbles": "a hollow globule of gas",
+    "bus stop": "a place on a bus route",
+    "check mark": "a mark indicating",
+    "cinema": "a theater where films are shown",
+    "copyright": "a document granting",
+    "crown": "ornamental jeweled headdress",
+    "deaf person": "severe auditory",
+    "dolphin": "small toothed whales",
+    "dragon": "creature of Teutonic mythology",
+    "dragon face": "creature of Teutonic mythology",
+    "droplet": "a tiny drop",
+    "fire": "the event of something burning",
+    "fleur-de-lis": "conventionalized representation",
+    "footprints": "a mark of a foot",
+    "full moon": "fully illuminated",
+    "full moon face": "fully illuminated",
+    "genie": "invisible spirit",
+    "ghost": "visible disembodied soul",
+    "gloves": "covers the hand",
+    "hammer": "a heavy rigid head",
+    "handshake": "shaking a person's hand",
+    "headstone": "mark a grave",
+    "hedgehog": "small nocturnal Old World mammal",
+    "hook": "curved or bent implement",
+    "hut": "small crude shelter",
+    "ice": "frozen in the solid state",
+    "ice hockey": "an ice rink",
+    "joystick": "manual control",
+    "label": "identifying or descriptive marker",
+    "landslide": "mass of dirt and rock",
+    "lollipop": "hard candy on a stick",
+    "love letter": "personal letter",
+    "men\u2019s room": "public toilet",
+    "merman": "half man",
+    "middle finger": "the second finger",
+    "mobile phone": "hand-held",
+    "nail polish": "cosmetic lacquer",
+    "notebook": "a book with blank pages",
+    "ogre": "giant who likes to eat",
+    "peacock": "male peafowl",
+    "person": "a human being",
+    "phoenix": "legendary Arabian bird",
+    "pick": "heavy iron tool",
+    "pill": "a dose of medicine",
+    "placard": "a sign posted",
+    "post office": "a local branch",
+    "receipt": "payment has been made",
+    "restroom": "available to the public",
+    "ribbon": "narrow strip of fine material",
+    "ring": "circlet",
+    "rosette": "resembling a rose",
+    "shield": "carried on the arm",
+    "shooting star": "a streak of light",
+    "spider web": "spun by spiders to trap",
+    "television": "receives television signals",
+    "ticket": "the holder is entitled",
+    "toilet": "plumbing fixture",
+    "unicorn": "an imaginary creature",
+    "water closet": "a toilet in Britain",
+    "wood": "hard fibrous",
+}
 
 
 @dataclass
@@ -115,15 +200,17 @@ def load_subjects(images: Path) -> dict[str, Subject]:
     return {label: subject for label, subject in subjects.items() if subject.images}
 
 
-def shorten(sentence: str) -> str:
+def shorten(sentence: str, tokens: Callable[[str], int]) -> str:
     """The sentence without brackets, cut before a closing clause if it is too long; "" if it stays too long.
 
-    >>> shorten("A hat (cap) is a head covering.")
+    ``tokens`` counts the tokens of a text.
+
+    >>> shorten("A hat (cap) is a head covering; it is worn.", lambda text: 60 - text.count(" ") if ";" in text else 9)
     'A hat is a head covering.'
     """
     text = re.sub(r"\s*\([^()]*\)", "", sentence)
     clause = r"(; |, (including|such as|which|where|as well as|although) )"
-    while len(text) > TEXT_CHARACTERS:
+    while tokens(text) > TEXT_TOKENS:
         cuts = [m.start() for m in re.finditer(clause, text)]
         if not cuts or cuts[-1] < 30:
             return ""
@@ -131,7 +218,7 @@ def shorten(sentence: str) -> str:
     return text if text.count('"') % 2 == 0 else ""
 
 
-def add_wikipedia(subjects: dict[str, Subject], rows: list[dict]) -> None:
+def add_wikipedia(subjects: dict[str, Subject], rows: list[dict], tokens: Callable[[str], int]) -> None:
     """First sentence, and the second where it goes on about the same subject ("It ...", "They ...")."""
     by_title = {fold(row["title"]).lower(): row for row in rows}
     for subject in subjects.values():
@@ -139,32 +226,34 @@ def add_wikipedia(subjects: dict[str, Subject], rows: list[dict]) -> None:
         if row is None or subject.label in NOT_WIKIPEDIA:
             continue
         pieces = sentences(row["text"])
+        if re.match(r"(It|They|Its|Their|Most|Some|Many) ", pieces[0]) or not shorten(pieces[0], tokens):
+            continue
         for index, piece in enumerate(pieces[:3]):
             goes_on = index == 0 or re.match(r"(It|They|Its|Their|Most|Some|Many) ", piece)
-            text = shorten(piece) if goes_on else ""
+            text = shorten(piece, tokens) if goes_on else ""
             if text:
                 source = {"source": "wikipedia", "title": row["title"], "split": row["split"], "opens": index == 0}
                 subject.texts.append({"text": text} | source)
 
 
-def definition(label: str, phrase: str, gloss: str) -> str:
-    """A WordNet gloss as one sentence, without its examples; "" if it is too long.
+def definition(label: str, gloss: str) -> str:
+    """A WordNet gloss as one sentence, without its examples; "" if it uses another script.
 
-    >>> definition("mirror", "a mirror", 'polished surface; "he looked in the mirror"')
+    >>> definition("mirror", 'polished surface; "he looked in the mirror"')
     'Mirror: polished surface.'
-    >>> definition("drum", "a drum", "a musical percussion instrument")
+    >>> definition("drum", "a musical percussion instrument")
     'A drum is a musical percussion instrument.'
     """
     body = re.sub(r"\s+", " ", fold(gloss).split('"')[0]).strip(" ;,:")
     body = re.sub(r"^(\([^()]*\) )+", "", body).rstrip(".")
     if foreign(body):
         return ""
-    noun = re.match(r"(a|an|any|one|the|someone|something) ", body) and phrase.lower() not in plural_phrases
-    text = f"{phrase} is {body}." if noun else f"{fold(label)}: {body}."
-    return shorten(text[0].upper() + text[1:])
+    noun = re.match(r"(a|an|any|one|the|someone|something) ", body) and not is_plural(label)
+    text = f"{phrase(label)} is {body}." if noun else f"{fold(label)}: {body}."
+    return re.sub(r"\b(dna|dvd)\b", lambda m: m[0].upper(), text[0].upper() + text[1:], flags=re.I)
 
 
-def add_wordnet(subjects: dict[str, Subject], senses: list[dict], phrase_of) -> None:
+def add_wordnet(subjects: dict[str, Subject], senses: list[dict], tokens: Callable[[str], int]) -> None:
     """The most common sense of the best fitting lexicographer file."""
     by_name: dict[str, list[tuple[int, dict]]] = {}
     for sense in senses:
@@ -176,12 +265,16 @@ def add_wordnet(subjects: dict[str, Subject], senses: list[dict], phrase_of) -> 
         if subject.label in NOT_WORDNET or subject.label.startswith("flag: "):
             continue
         for name in names_of(subject.label, subject.subgroup):
-            fitting = [(files.index(s["file"]), n, s) for n, s in by_name.get(name, []) if s["file"] in files]
+            chosen = CHOSEN.get(subject.label)
+            if chosen:
+                fitting = [(0, n, s) for n, s in by_name.get(name, []) if chosen in s["gloss"]]
+            else:
+                fitting = [(files.index(s["file"]), n, s) for n, s in by_name.get(name, []) if s["file"] in files]
             if not fitting:
                 continue
             sense = min(fitting, key=lambda item: item[:2])[2]
             plain = name if name != fold(subject.label).lower() else subject.label
-            text = definition(plain, phrase_of(plain), sense["gloss"])
+            text = shorten(definition(plain, sense["gloss"]), tokens)
             if text:
                 lemma = row_lemma(sense, labels)
                 source = {"source": "wordnet", "title": lemma, "split": split_of("wordnet", lemma.lower())}
@@ -189,29 +282,15 @@ def add_wordnet(subjects: dict[str, Subject], senses: list[dict], phrase_of) -> 
             break
 
 
-def add_countries(subjects: dict[str, Subject], wheels: Path) -> None:
-    """Capital, region and population of the flags' countries, by exact name or alternative spelling."""
-    by_name: dict[str, dict] = {}
-    with zipfile.ZipFile(wheel(COUNTRYINFO, wheels)) as archive:
-        for member in sorted(archive.namelist()):
-            if re.fullmatch(r"countryinfo/data/[^/]*\.json", member):
-                country = json.loads(archive.read(member))
-                for name in [country["name"], *country.get("altSpellings", [])]:
-                    by_name.setdefault(fold(name).lower().replace("&", "and"), country)
-    for subject in subjects.values():
-        country = by_name.get(names_of(subject.label, "")[0]) if subject.label.startswith("flag: ") else None
-        if country and country.get("capital") and country.get("subregion") and country.get("population"):
-            subject.facts = {
-                "capital": fold(country["capital"]),
-                "region": country["subregion"],
-                "population": country["population"],
-            }
-
-
-def matched_subjects(data: Path, wheels: Path, packages: Path, phrase_of) -> dict[str, Subject]:
-    """All labels with their images and texts; ``phrase_of`` turns a label into "a tomato"."""
+def matched_subjects(data: Path, wheels: Path, packages: Path, tokens: Callable[[str], int]) -> dict[str, Subject]:
+    """All labels with their images and texts."""
     subjects = load_subjects(data / "images.jsonl")
-    add_wikipedia(subjects, read_rows(data / "wikipedia.jsonl.xz"))
-    add_wordnet(subjects, wordnet_senses(npm_tarball(WORDNET, packages)), phrase_of)
-    add_countries(subjects, wheels)
+    add_wikipedia(subjects, read_rows(data / "wikipedia.jsonl.xz"), tokens)
+    add_wordnet(subjects, wordnet_senses(npm_tarball(WORDNET, packages)), tokens)
+    countries = load_countries(wheels)
+    for subject in subjects.values():
+        if subject.label.startswith("flag: ") and subject.label not in NO_FACTS:
+            subject.facts = countries.get(names_of(subject.label, subject.subgroup)[0])
+    for subject in subjects.values():  # what can open an explanation first, the shorter the better
+        subject.texts.sort(key=lambda text: (not text["opens"], tokens(text["text"]) if text["opens"] else 0))
     return subjects

