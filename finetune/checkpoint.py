@@ -107,7 +107,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(run).free
         raise RunError(
-            f"{final}: could not be written ({error}); {free / 1e6:.0f} MB are free there, earlier checkpoints are untouched; "
+            f"{final}: could not be written ({error}); {free / 1e6:.0f} MB are free, earlier checkpoints stay; "
             "free space and run again to resume"
         ) from error
     return final

@@ -5,10 +5,10 @@ Aghajanyan et al., *CM3* (arXiv 2201.07520, section 2) with CM3Leon's two change
 
     <s> Image of a cat <break> ... <break> </s>   ->   <s> Image of <mask> <break> ... <break> <infill> a cat </s>
 
-Several spans are told apart by order: the n-th ``<infill>`` belongs to the n-th ``<mask>``. Predicting ``<mask>`` has loss
-weight 0 (CM3, section 2). A span lies inside one text or image segment: a drawn span is clipped to the segment that it
-overlaps most. No token is lost: the transform grows a document by two tokens a span, and draws fewer spans where the
-growth would not fit.
+Several spans are told apart by order: the n-th ``<infill>`` belongs to the n-th ``<mask>``. Predicting ``<mask>`` has
+loss weight 0 (CM3, section 2). A span lies inside one text or image segment: a drawn span is clipped to the segment
+that it overlaps most. No token is lost: the transform grows a document by two tokens a span, and draws fewer spans
+where the growth would not fit.
 """
 
 import numpy as np

@@ -1,8 +1,8 @@
 """The training loop, on accelerate for device, autocast and processes.
 
-One optimizer step: sequences t = step * G .. (step + 1) * G - 1 of the plan (this rank takes every world-th) -> micro-batches
--> sums of weighted loss divided by the global weight -> clip -> AdamW -> EMA. Everything random is keyed by the step, so a
-resumed run repeats the uninterrupted one bit for bit at the same world size.
+One optimizer step: sequences t = step * G .. (step + 1) * G - 1 of the plan (this rank takes every world-th) ->
+micro-batches -> sums of weighted loss divided by the global weight -> clip -> AdamW -> EMA. Everything random is
+keyed by the step, so a resumed run repeats the uninterrupted one bit for bit at the same world size.
 """
 
 import math
@@ -91,9 +91,7 @@ class Trainer:
         self.raw_optimizer = build_optimizer(self.bundle.model, self.recipe.optim)
         self.model, self.optimizer = self.accelerator.prepare(self.bundle.model, self.raw_optimizer)
         if self.recipe.train.ema is not None and self.ema is None:
-            self.ema = {
-                name: p.detach().clone() for name, p in self.bundle.model.named_parameters() if p.requires_grad
-            }
+            self.ema = {name: p.detach().clone() for name, p in self.bundle.model.named_parameters() if p.requires_grad}
 
     def batch(self, step: int) -> Batch:
         """This rank's sequences of a step."""
@@ -149,8 +147,8 @@ class Trainer:
         loss = float(self.accelerator.reduce(local_loss, "sum"))
         if not math.isfinite(loss):
             raise RunError(
-                f"the loss is {loss} at step {self.step + 1}; it must be finite; lower optim.lr (now {rate:.2g}) or set "
-                "train.precision: fp32, then run again to resume from the last checkpoint"
+                f"the loss is {loss} at step {self.step + 1}; it must be finite; lower optim.lr ({rate:.1g} now) or "
+                "set train.precision: fp32, then run again to resume from the last checkpoint"
             )
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip)
         self.optimizer.step()

@@ -26,9 +26,9 @@ def cross_entropy(logits_BTV: Tensor, batch: Batch) -> Tensor:
 
 
 def sums(nats_BT: Tensor, batch: Batch, sources: int) -> Tensor:
-    """Unweighted sums for the log, float64 [2 + sources, 2]: rows text head, image head, then each source; columns nats, count.
+    """Unweighted sums for the log: rows text head, image head, then each source; columns nats, count.
 
-    Only positions that carry loss are counted.
+    Returns float64 [2 + sources, 2]. Only positions that carry loss are counted.
     """
     counted = (batch.weights > 0) & (batch.labels >= 0)
     image = batch.head_ids == IMAGE_HEAD

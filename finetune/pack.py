@@ -1,7 +1,7 @@
 """Packing: token documents into fixed-length sequences, and sequences into a batch of tensors.
 
-Documents in one sequence are isolated: attention is allowed inside a document only, and positions are the document's own,
-from a start offset. No document is ever split here.
+Documents in one sequence are isolated: attention is allowed inside a document only, and positions are the document's
+own, from a start offset. No document is ever split here.
 """
 
 from dataclasses import dataclass
@@ -48,9 +48,9 @@ def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
 class Batch:
     """Tensors of B packed sequences of T tokens.
 
-    ``ids``, ``positions``, ``labels`` int64 [B, T] (labels are shifted: ``labels[t]`` follows ``ids[t]``); ``head_ids`` int64
-    [B, T] is the head that predicts ``labels[t]``; ``weights`` float32 [B, T], 0 where nothing is predicted;
-    ``mask`` bool [B, 1, T, T], True where a query (row) may attend; ``sources`` int64 [B].
+    ``ids``, ``positions``, ``labels`` int64 [B, T] (labels are shifted: ``labels[t]`` follows ``ids[t]``);
+    ``head_ids`` int64 [B, T] is the head that predicts ``labels[t]``; ``weights`` float32 [B, T], 0 where nothing is
+    predicted; ``mask`` bool [B, 1, T, T], True where a query (row) may attend; ``sources`` int64 [B].
     """
 
     ids: Tensor

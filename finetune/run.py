@@ -1,8 +1,8 @@
 """``jam finetune``: a recipe to a trained model, resumably.
 
-Stages: lock the run folder -> load the model -> open the sources -> find the newest good checkpoint -> steps, with a line in
-log.jsonl every ``log.every`` and a checkpoint every ``save.every`` -> ``final/``, a plain ``from_pretrained`` folder.
-Ctrl+C and SIGTERM finish the step, save and leave; the same command goes on from there.
+Stages: lock the run folder -> load the model -> open the sources -> find the newest good checkpoint -> steps, with a
+line in log.jsonl every ``log.every`` and a checkpoint every ``save.every`` -> ``final/``, a plain ``from_pretrained``
+folder. Ctrl+C and SIGTERM finish the step, save and leave; the same command goes on from there.
 """
 
 import fcntl
@@ -152,9 +152,7 @@ def _log_line(trainer: Trainer, reports: list[StepReport], totals: torch.Tensor)
     last, seconds = reports[-1], sum(report.seconds for report in reports)
     line = {"step": last.step, "tokens": last.tokens, "loss": sum(r.loss for r in reports) / len(reports)}
     line |= {
-        f"loss/{m}": float(mean)
-        for m, mean, n in zip(("text", "image"), means[:2], summed[:2, 1], strict=True)
-        if n
+        f"loss/{m}": float(mean) for m, mean, n in zip(("text", "image"), means[:2], summed[:2, 1], strict=True) if n
     }
     line |= {f"loss/{name}": float(mean) for name, mean, n in zip(names, means[2:], summed[2:, 1], strict=True) if n}
     shares = totals[2:, 1] / totals[2:, 1].sum().clamp_min(1)
@@ -201,7 +199,11 @@ def _trim_log(run: Path, step: int) -> None:
     """Drops lines beyond the step that a run resumes from, so that no step is logged twice."""
     path = run / "log.jsonl"
     if path.exists():
-        kept = [line for line in path.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+        kept = [
+            line
+            for line in path.read_text().splitlines(True)
+            if line.endswith("\n") and json.loads(line)["step"] <= step
+        ]
         path.write_text("".join(kept))
 
 
@@ -210,7 +212,9 @@ def _prepare(run: Path, recipe: FinetuneRecipe, source: Path | None) -> None:
     if source is not None:
         shutil.copyfile(source, run / "recipe.source.yaml")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "numpy")}
-    (run / "env.json").write_text(json.dumps({"versions": versions, "threads": torch.get_num_threads()}, indent=2) + "\n")
+    (run / "env.json").write_text(
+        json.dumps({"versions": versions, "threads": torch.get_num_threads()}, indent=2) + "\n"
+    )
 
 
 def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: Reporter | None = None) -> Path:

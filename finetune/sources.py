@@ -1,8 +1,8 @@
 """Sources: what a recipe's ``data.mix`` names, as documents that can be asked for by (epoch, index).
 
-Stages: read and check the raw lines (every bad line is reported with file and line) -> turn every image into codes once,
-cached by the hash of tokenizer and images -> on demand, render document ``index`` of ``epoch`` to Tokens. What varies
-between epochs (the wording of a caption) is drawn from a generator keyed by (seed, epoch, index).
+Stages: read and check the raw lines (every bad line is reported with file and line) -> turn every image into codes
+once, cached by the hash of tokenizer and images -> on demand, render document ``index`` of ``epoch`` to Tokens. What
+varies between epochs (the wording of a caption) is drawn from a generator keyed by (seed, epoch, index).
 """
 
 import hashlib
@@ -50,7 +50,7 @@ class Source:
 def encode_cached(
     tokenizer: ImageTokenizer, keys: list[str], open_one: Callable[[int], Image.Image], progress: Progress | None = None
 ) -> np.ndarray:
-    """Codes [N, codes_per_image] uint16 of N images, through a cache keyed by the tokenizer's weights and the images' keys."""
+    """Codes uint16 [N, codes_per_image] of N images, cached by the tokenizer's weights and the images' keys."""
     fingerprint = hashlib.sha256()
     for name, tensor in sorted(tokenizer.network.state_dict().items()):
         fingerprint.update(name.encode())
@@ -87,15 +87,25 @@ def _text_source(texts: tuple[str, ...]) -> tuple[int, Callable[[int, float], Do
     return len(texts), lambda index, draw: Document((TextPart(texts[index]),))
 
 
-def _mini_captions(bundle: Bundle, name: str, progress: Progress | None) -> tuple[int, Callable[[int, float], Document]]:
-    archive, rows = mini_data.ImageArchive(), [row for row in mini_data.image_rows() if row["split"] == "train"]
-    keys = [row["file"] for row in rows]
-    codes = encode_cached(_image_tokenizer(bundle, name), keys, lambda i: archive.open(keys[i]), progress)
+def _mini_codes(bundle: Bundle, name: str, progress: Progress | None) -> dict[str, np.ndarray]:
+    """Codes of every shipped train image by file name: captions and conversations share one cache."""
+    archive = mini_data.ImageArchive()
+    files = [row["file"] for row in mini_data.image_rows() if row["split"] == "train"]
+    codes = encode_cached(_image_tokenizer(bundle, name), files, lambda i: archive.open(files[i]), progress)
+    return dict(zip(files, codes, strict=True))
+
+
+def _mini_captions(
+    bundle: Bundle, name: str, progress: Progress | None
+) -> tuple[int, Callable[[int, float], Document]]:
+    rows = [row for row in mini_data.image_rows() if row["split"] == "train"]
+    codes = _mini_codes(bundle, name, progress)
 
     def make(index: int, draw: float) -> Document:
         # half of the captions name label and style, the rest share the other forms; 1 in 8 puts the image first
         form = mini_data.STYLED if draw < 0.5 else (0, 2, 3)[int((draw - 0.5) * 6)]
-        return _caption_document(mini_data.caption_for(rows[index], form), codes[index], (draw * 64) % 1 < 0.125)
+        caption = mini_data.caption_for(rows[index], form)
+        return _caption_document(caption, codes[rows[index]["file"]], (draw * 64) % 1 < 0.125)
 
     return len(rows), make
 
@@ -107,25 +117,13 @@ def _mini_scenes(bundle: Bundle, name: str, progress: Progress | None) -> tuple[
     return len(scenes), lambda index, draw: _caption_document(scenes[index].caption, codes[index], False)
 
 
-def _conversation_source(
-    bundle: Bundle, name: str, documents: list[Document], keys: list[str], progress: Progress | None
-) -> tuple[int, Callable[[int, float], Document]]:
-    """``documents`` hold pixels; all their images are encoded here, in order, once."""
-    images = [part.image for document in documents for part in document.parts if isinstance(part, ImagePart)]
-    codes = iter(encode_cached(_image_tokenizer(bundle, name), keys, images.__getitem__, progress) if images else ())
-    ready = [d.with_codes(lambda some: [tuple(next(codes).tolist()) for _ in some]) for d in documents]
-    return len(ready), lambda index, draw: ready[index]
-
-
 def _mini_conversations(bundle: Bundle, name: str, progress: Progress | None):
-    archive, keys = mini_data.ImageArchive(), []
+    codes, rows = _mini_codes(bundle, name, progress), mini_data.conversations("train")
 
-    def opened(path: str) -> Image.Image:
-        keys.append(path)
-        return archive.open(path)
+    def make(index: int, draw: float) -> Document:
+        return from_messages(rows[index]["messages"], lambda path: tuple(codes[path].tolist()))
 
-    documents = [from_messages(row["messages"], opened) for row in mini_data.conversations("train")]
-    return _conversation_source(bundle, name, documents, keys, progress)
+    return len(rows), make
 
 
 def _read_lines(path: Path, check: Callable[[dict], object]) -> list:
@@ -143,7 +141,9 @@ def _read_lines(path: Path, check: Callable[[dict], object]) -> list:
                     raise DataError("expected a JSON object")
                 good.append(check(row))
             except json.JSONDecodeError as error:
-                bad.append(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); mend or remove the line")
+                bad.append(
+                    f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); mend or remove the line"
+                )
             except DataError as error:
                 bad.append(f"{path}:{number}: {error}")
     if bad:
@@ -174,7 +174,11 @@ def _file_source(recipe: SourceRecipe, bundle: Bundle, name: str, progress: Prog
         documents = _read_lines(path, lambda row: from_messages(row.get("messages"), lambda p: open_image(root / p)))
         images = [part.image for d in documents for part in d.parts if isinstance(part, ImagePart)]
         keys = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
-        return _conversation_source(bundle, name, documents, keys, progress)
+        codes = iter(
+            encode_cached(_image_tokenizer(bundle, name), keys, images.__getitem__, progress) if images else ()
+        )
+        ready = [d.with_codes(lambda some: [tuple(next(codes).tolist()) for _ in some]) for d in documents]
+        return len(ready), lambda index, draw: ready[index]
     raise DataError(f"data.mix.{name}: kind {recipe.kind!r} exists only in the shipped data; set path to 'mini'")
 
 

@@ -20,7 +20,7 @@ from jam.errors import CheckpointError
 from jam.floats import STORED, to_float32
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-BLOCK = 4 << 20  # elements that a streaming step reads at once
+BLOCK = 1 << 20  # elements that a streaming step reads at once
 _MAX_HEADER = 100 << 20  # the format's own limit
 _ITEM_BYTES = {
     **{name: dtype.itemsize for name, dtype in STORED.items()},

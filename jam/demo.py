@@ -13,13 +13,12 @@ The page is made anew by every call, everything else once. Budgets are the const
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
 from jam import assets
-from jam.demo_bench import METHODS, RULE, Bars, Settings, Workbench, open_folder
+from jam.demo_bench import METHODS, RULE, Advance, Bars, Settings, Workbench, open_folder
 
 # A processor with bfloat16 arithmetic trains about three times as fast; either budget keeps the demo within minutes.
 FAST = {"precision": "bf16", "pretrain_tokens": 163_840, "tune_tokens": 163_840}
@@ -111,10 +110,13 @@ def train_recipe(settings: Settings, model: Path, out: Path, tokens: int, rate: 
 def run_training(bench: Workbench, name: str, weight: float, recipe) -> dict:
     """One run of ``finetune`` as a step; its own checkpoints carry it over an interruption."""
 
-    def train(advance: Callable[[float], None]) -> dict:
+    def train(advance: Advance) -> dict:
         from finetune.run import Reporter, run_finetune
 
         class Told(Reporter):
+            def stage(self, what: str, done: int, total: int) -> None:
+                advance(0.0, f"{what} {done}/{total}")
+
             def step(self, report) -> None:
                 advance(report.step / report.steps)
 
@@ -139,7 +141,7 @@ def merge_all(bench: Workbench) -> None:
         parents = {"text": Path(settings.text_parent), "image": Path(settings.image_parent)}
         recipe = MergeRecipe.model_validate({"method": method, "out": out, "seed": settings.seed, **parents})
 
-        def merge(advance: Callable[[float], None], recipe=recipe, out=out) -> dict:
+        def merge(advance: Advance, recipe=recipe, out=out) -> dict:
             if not out.exists():  # it appears by rename: there, it is whole
                 run_merge(recipe)
             return {"folder": str(out)}
@@ -151,7 +153,7 @@ def measure(bench: Workbench, name: str, model: str, folder: Path) -> dict:
     """Losses of one model on both splits: {"parameters", "validation": {"text", "image"}, "test": {...}}."""
     from jam.demo_samples import held_out_losses
 
-    def evaluate(advance: Callable[[float], None]) -> dict:
+    def evaluate(advance: Advance) -> dict:
         return held_out_losses(folder, Path(bench.settings.image_parent), bench.settings, advance)
 
     return bench.step(name, WEIGHTS["measure"][model], evaluate)
@@ -249,8 +251,11 @@ def run_demo(out: Path, quick: bool = False) -> None:
         RunError: the folder holds something else, or the run was interrupted.
         JamError: whatever a step refuses.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from jam.default import default_model
 
+    disable_progress_bar()  # the demo draws its own
     settings = settings_for(assets.TEXT_PARENT, assets.IMAGE_PARENT, quick)
     console = Console(stderr=True)
     open_folder(out, settings)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -60,13 +61,19 @@ def read_json(path: Path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+class Advance(Protocol):
+    """Told how far a step is: ``share`` from 0 to 1, and what it is at where that is not plain."""
+
+    def __call__(self, share: float, note: str = "") -> None: ...
+
+
 class Bars:
     """A context manager; ``step`` draws one step, ``say`` prints a line above the bars."""
 
     def __init__(self, console: Console, total: float):
         self.console = console
         self.progress = Progress(
-            TextColumn("{task.description:<34}"),
+            TextColumn("{task.description:<42}"),
             BarColumn(bar_width=None),
             TaskProgressColumn(),
             TimeElapsedColumn(),
@@ -90,16 +97,16 @@ class Bars:
         self.console.print(text, markup=False, highlight=False)
 
     @contextmanager
-    def step(self, name: str, weight: float) -> Iterator[Callable[[float], None]]:
-        """Yields a function that is told the share of the step that is done, 0 to 1."""
+    def step(self, name: str, weight: float) -> Iterator[Advance]:
+        """Yields a function that is told the share of the step that is done."""
         if not self.console.is_terminal:
             self.say(f"{name} ...")
         task = self.progress.add_task(name, total=1.0)
         reached = 0.0
 
-        def advance(share: float) -> None:
+        def advance(share: float, note: str = "") -> None:
             nonlocal reached
-            self.progress.update(task, completed=share)
+            self.progress.update(task, completed=share, description=f"{name}: {note}" if note else name)
             self.progress.advance(self.overall, weight * (share - reached))
             reached = share
 
@@ -122,7 +129,7 @@ class Workbench:
     def result(self, name: str) -> Path:
         return self.path("results", f"{name.replace(' ', '-')}.json")
 
-    def step(self, name: str, weight: float, make: Callable[[Callable[[float], None]], object]):
+    def step(self, name: str, weight: float, make: Callable[[Advance], object]):
         """The step's result: read if it is there, else made. ``make`` gets a function to tell the share done."""
         if self.result(name).exists():
             return read_json(self.result(name))

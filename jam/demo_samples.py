@@ -4,7 +4,7 @@ All choices of rows are even strides through the shipped splits: fixed, spread o
 picked by looking at a result. Each model's samples come from one seed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -13,26 +13,27 @@ from finetune import mini_data
 from finetune.sources import encode_cached
 from jam.decode.engine import SamplingOptions, encode_images, generate
 from jam.decode.stream import Reply, ReplyStream
+from jam.demo_bench import Advance, Settings
 from jam.document import CodesPart, Document, TextPart, from_messages
 from jam.evaluate.loss import evaluate_captions, evaluate_text
 from jam.models.load import Bundle, load_bundle
 from jam.tokens.image import ImageTokenizer
 
-Advance = Callable[[float], None]
 CAPTION_SPLITS = {"validation": ("validation",), "test": ("combination", "label")}
 PICTURE_SPLITS = ("combination", "label")
 QUESTION_SPLITS = ("wording", "subject")
+QUESTION_KINDS = ("explain", "what-is-this", "two-images", "draw")  # asked first; other kinds follow by name
 DRAWABLE = ("animals-nature", "food-drink", "travel-places", "objects", "activities")  # things, not signs or faces
 
 
 def spread(rows: Sequence, count: int) -> list:
-    """``count`` rows at even strides (all of them when there are fewer).
+    """``count`` rows from the middles of even strides (all of them when there are fewer).
 
     >>> spread("abcdef", 3)
-    ['a', 'c', 'e']
+    ['b', 'd', 'f']
     """
     count = min(count, len(rows))
-    return [rows[at * len(rows) // count] for at in range(count)]
+    return [rows[(2 * at + 1) * len(rows) // (2 * count)] for at in range(count)]
 
 
 def held_out_texts(split: str, size: int) -> list[str]:
@@ -54,7 +55,7 @@ def held_out_captions(split: str, count: int, tokenizer: ImageTokenizer) -> list
     return [Document((text, CodesPart(tuple(row.tolist())))) for text, row in zip(captions, codes, strict=True)]
 
 
-def held_out_losses(folder: Path, image_parent: Path, settings, advance: Advance) -> dict:
+def held_out_losses(folder: Path, image_parent: Path, settings: Settings, advance: Advance) -> dict:
     """Both losses of a model on both splits; ``image`` is None for a model without image head.
 
     Images become codes through the image parent's tokenizer, which every fusion carries unchanged.
@@ -92,17 +93,23 @@ def _save(image: Image.Image, path: Path) -> str:
     return path.name
 
 
-def draw_pictures(folder: Path, target: Path, settings, advance: Advance) -> list[dict]:
+def held_out_pictures(split: str, count: int) -> list[dict]:
+    """Image rows of a split to draw, all of different labels, the styles of a label in turn."""
+    by_label: dict[str, list[dict]] = {}
+    for row in mini_data.image_rows():
+        if row["split"] == split and row["group"] in DRAWABLE:
+            by_label.setdefault(row["label"], []).append(row)
+    return [by_label[label][at % len(by_label[label])] for at, label in enumerate(spread(list(by_label), count))]
+
+
+def draw_pictures(folder: Path, target: Path, settings: Settings, advance: Advance) -> list[dict]:
     """One image for each of some held-out captions, beside the real one.
 
     Returns:
         rows {"caption", "split", "real", "image"}; files lie in ``target``, ``image`` is None when none was drawn.
     """
     bundle = load_bundle(folder)
-    chosen: list[dict] = []
-    for split in PICTURE_SPLITS:
-        rows = [row for row in mini_data.image_rows() if row["split"] == split and row["group"] in DRAWABLE]
-        chosen += spread(rows, settings.pictures)
+    chosen = [row for split in PICTURE_SPLITS for row in held_out_pictures(split, settings.pictures)]
     prompts = [Document((TextPart(mini_data.caption_for(row)),)) for row in chosen]
     codes = bundle.vocabulary.codes_per_image
     options = SamplingOptions(mode="image", max_images=1, max_tokens=codes + 3, seed=settings.seed)
@@ -127,7 +134,8 @@ def held_out_questions(count: int) -> list[dict]:
         by_kind: dict[str, list[dict]] = {}
         for row in mini_data.conversations(split):
             by_kind.setdefault(row["kind"], []).append(row)
-        kinds = sorted(by_kind)
+        kinds = [kind for kind in QUESTION_KINDS if kind in by_kind]
+        kinds += sorted(by_kind.keys() - set(kinds))
         share = -(-count // max(1, len(kinds)))
         columns = [spread(by_kind[kind], share) for kind in kinds]
         in_turn = [column[at] for at in range(share) for column in columns if at < len(column)]
@@ -135,7 +143,7 @@ def held_out_questions(count: int) -> list[dict]:
     return chosen
 
 
-def write_replies(folder: Path, target: Path, settings, advance: Advance) -> list[dict]:
+def write_replies(folder: Path, target: Path, settings: Settings, advance: Advance) -> list[dict]:
     """A model's replies to held-out questions.
 
     Returns:

@@ -58,10 +58,11 @@ class Document:
         return Document(tuple(parts))
 
 
-def from_messages(messages: object, open_image: Callable[[str], Image]) -> Document:
+def from_messages(messages: object, open_image: Callable[[str], Image | tuple[int, ...]]) -> Document:
     """Messages (OpenAI / TRL parts) to a document: loss 1 on what the assistant says, text and images alike, else 0.
 
-    ``content`` is a string, or a list of ``{"type": "text", "text": ...}`` and ``{"type": "image", "path": ...}``.
+    ``open_image`` turns a path into pixels, or into codes where they are known already. ``content`` is a string, or a
+    list of ``{"type": "text", "text": ...}`` and ``{"type": "image", "path": ...}``.
 
     Raises:
         DataError: the structure is not that; the message says where.
@@ -84,11 +85,11 @@ def from_messages(messages: object, open_image: Callable[[str], Image]) -> Docum
                 case {"type": "text", "text": str(text)}:
                     parts.append(TextPart(text, role, loss))
                 case {"type": "image", "path": str(path)}:
-                    parts.append(ImagePart(open_image(path), role, loss))
+                    opened = open_image(path)
+                    kind = CodesPart if isinstance(opened, tuple) else ImagePart
+                    parts.append(kind(opened, role, loss))
                 case _:
-                    raise DataError(
-                        f"{where}.content[{index}]: expected {{type: text, text}} or {{type: image, path}}; mend this part"
-                    )
+                    raise DataError(f"{where}.content[{index}]: expected {{type: text, text}} or {{type: image, path}}")
     return Document(tuple(parts))
 
 

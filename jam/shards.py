@@ -5,6 +5,7 @@ on disk and renames the folder. Whatever ends the process before, nothing stands
 writer of the same target removes what a killed one left. Knows nothing of models; torch is not imported.
 """
 
+import contextlib
 import errno
 import glob
 import json
@@ -73,10 +74,13 @@ class ShardWriter:
 
     def _plan_shards(self) -> dict[str, list[TensorSpec]]:
         groups: list[list[TensorSpec]] = [[]]
+        filled = 0
         for spec in self.specs:
-            if groups[-1] and sum(item.bytes for item in groups[-1]) + spec.bytes > self.shard_bytes:
+            if groups[-1] and filled + spec.bytes > self.shard_bytes:
                 groups.append([])
+                filled = 0
             groups[-1].append(spec)
+            filled += spec.bytes
         if len(groups) == 1:
             return {self.weights_name: groups[0]}
         stem = self.weights_name.removesuffix(".safetensors")
@@ -95,7 +99,8 @@ class ShardWriter:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk fails once more here; the bytes are given up anyway
+                self._file.close()
         if self.folder.is_dir():
             shutil.rmtree(self.folder)
         if isinstance(error, OSError) and error.errno in _FULL:

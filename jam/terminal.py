@@ -5,6 +5,8 @@ upper half block), the lower one as its background, so that pixels are about squ
 terminal has. Nothing here reads the keyboard.
 """
 
+import unicodedata
+
 from PIL import Image as Pil
 from PIL.Image import Image
 from rich.color import Color
@@ -48,4 +50,4 @@ def printable(text: str) -> str:
     >>> printable("a\\x1b[2Jb\\tc\\n")
     'a[2Jb\\tc\\n'
     """
-    return "".join(letter for letter in text if letter in "\t\n" or letter.isprintable())
+    return "".join(letter for letter in text if letter in "\t\n" or unicodedata.category(letter) != "Cc")

@@ -104,31 +104,32 @@ class Shared:
     """The shared table and the image tower's map into its own width, fitted once when first asked for.
 
     With E_t and E_i the rows that both parents own, W [d_image, d_text] minimises |E_t W' - E_i|. Text rows of the
-    table are the text parent's; rows that only the image parent owns are solved so that W takes them to its row.
+    table are the text parent's; rows that only the image parent owns are solved so that W takes them to its row. Both
+    are computed whole, not block by block: a matrix product's last bits depend on its size.
     """
 
     text: Table
     image: Table
     use_image: np.ndarray  # bool [V]: only the image parent owns the id
-    _map: np.ndarray | None = field(default=None, init=False)
-    _back: np.ndarray | None = field(default=None, init=False)
+    _fitted: tuple[np.ndarray, np.ndarray] | None = field(default=None, init=False)
     residual: float = field(default=float("nan"), init=False)
 
-    def fit(self) -> np.ndarray:
-        """float64 [d_image, d_text]."""
-        if self._map is None:
+    def fit(self) -> tuple[np.ndarray, np.ndarray]:
+        """float32 [d_image, d_text], the map, and float32 [V, d_text], zero where the text parent's row is used."""
+        if self._fitted is None:
             everything = slice(0, len(self.use_image))
             common = (self.text.source >= 0) & (self.image.source >= 0) & ~self.use_image
-            ours, theirs = (table.read(everything)[common].astype(np.float64) for table in (self.text, self.image))
-            self._map = np.linalg.lstsq(ours, theirs, rcond=None)[0].T
-            self._back = np.linalg.pinv(self._map)
-            self.residual = float(np.linalg.norm(ours @ self._map.T - theirs) / np.linalg.norm(theirs))
-        return self._map
+            ours, theirs = (table.read(everything).astype(np.float64) for table in (self.text, self.image))
+            weights = np.linalg.lstsq(ours[common], theirs[common], rcond=None)[0].T
+            lost = np.linalg.norm(ours[common] @ weights.T - theirs[common]) / np.linalg.norm(theirs[common])
+            self.residual = float(f"{lost:.4g}")
+            solved = np.zeros(ours.shape, np.float32)
+            solved[self.use_image] = theirs[self.use_image] @ np.linalg.pinv(weights).T
+            self._fitted = weights.astype(np.float32), solved
+        return self._fitted
 
     def table_rows(self, block: slice) -> np.ndarray:
-        self.fit()
-        solved = (self.image.read(block).astype(np.float64) @ self._back.T).astype(np.float32)
-        return np.where(self.use_image[block][:, None], solved, self.text.read(block))
+        return np.where(self.use_image[block][:, None], self.fit()[1][block], self.text.read(block))
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class SharedMap:
         return "new: least-squares map from text rows to image rows"
 
     def rows(self, block: slice) -> np.ndarray:
-        return self.shared.fit()[block].astype(np.float32)
+        return self.shared.fit()[0][block]
 
 
 @dataclass(frozen=True)

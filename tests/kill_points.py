@@ -3,8 +3,8 @@
     python tests/kill_points.py --points 20        # 20 of each on tiny models, a few minutes; prints one line a kind
 
 After every kill: a merge's output folder is either absent or equal to an uninterrupted merge's; every folder named
-``checkpoint-<step>`` verifies against its manifest; and training, restarted after each kill, ends with the weights of an
-uninterrupted run, bit for bit.
+``checkpoint-<step>`` verifies against its manifest; and training, restarted after each kill, ends with the weights of
+an uninterrupted run, bit for bit.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def kill_after(process: subprocess.Popen, seconds: float) -> bool:
 
 
 def kill_in_write(process: subprocess.Popen, folder: Path, pattern: str, delay: float, skip: int) -> bool:
-    """Kills ``delay`` seconds after the (skip + 1)-th distinct temporary folder appears; True if that happened in time."""
+    """Kills ``delay`` seconds after the (skip + 1)-th temporary folder appears; True if that happened in time."""
     seen: set[str] = set()
     while process.poll() is None:
         seen |= {path.name for path in folder.glob(pattern)}
@@ -134,7 +134,7 @@ def training_kills(tmp: Path, points: int, seed: int, in_write: bool, steps: int
             subprocess.run(["rm", "-rf", str(run)], check=True)
     finish(start("finetune", recipe, f"output_dir={run}"))
     assert digests(run / "final")["model.safetensors"] == digests(tmp / "straight/final")["model.safetensors"]
-    steps_logged = [json.loads(line)["step"] for line in open(run / "log.jsonl")]
+    steps_logged = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert steps_logged == list(range(1, steps + 1))
     return {"kills": points, "hit a running process": hits, "checkpoints verified": verified}
 

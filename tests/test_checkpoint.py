@@ -1,6 +1,7 @@
 """Reading folders header-first: what is whole is read exactly, and everything else is refused by name."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ def folder_with(tmp: Path, tensors: dict[str, torch.Tensor], name: str = WEIGHTS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_reads_what_torch_wrote(tmp_path: Path, dtype: torch.dtype):
     values = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
-    checkpoint = open_checkpoint(folder_with(tmp_path, {"b": values, "a": values[0], "scalar": values[1, 1]}))
+    checkpoint = open_checkpoint(
+        folder_with(tmp_path, {"b": values, "a": values[0].clone(), "scalar": values[1, 1].clone()})
+    )
     assert list(checkpoint.tensors) == ["a", "b", "scalar"] and checkpoint.parameters == 25
     assert np.array_equal(checkpoint.read("b"), values.float().numpy())
     assert np.array_equal(checkpoint.read("b", slice(2, 5)), values[2:5].float().numpy())
@@ -87,7 +90,7 @@ def test_refuses_a_shard_cut_anywhere(tmp_path: Path):
         (lambda f: (f / WEIGHTS).write_bytes((3).to_bytes(8, "little") + b"{]}"), "bad safetensors header"),
     ],
 )
-def test_refuses_what_is_no_checkpoint(tmp_path: Path, change, message: str):  # noqa: ANN001
+def test_refuses_what_is_no_checkpoint(tmp_path: Path, change: Callable, message: str):
     folder = folder_with(tmp_path, {"w": torch.zeros(2)})
     change(folder)
     with pytest.raises(CheckpointError, match=message):

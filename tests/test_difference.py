@@ -22,11 +22,11 @@ def checkpoint(folder: Path, tensors: dict[str, np.ndarray]) -> Path:
 def pair(tmp: Path) -> tuple[Path, Path, dict[str, np.ndarray]]:
     generator = np.random.default_rng(0)
     base = {name: generator.standard_normal((40, 8), dtype=np.float32) for name in ("same", "changed")}
-    base |= {"gate": np.zeros(1, np.float32), "scalar": np.float32(1.5).reshape(())}
+    base |= {"gate": np.zeros(1, np.float32), "scalar": np.array(1.5, np.float32)}
     tuned = dict(base)
     tuned["changed"] = base["changed"] + 0.01 * generator.standard_normal((40, 8), dtype=np.float32)
     tuned["changed"][7] = base["changed"][7]  # a row that did not move: its 8-bit scale is zero
-    tuned["gate"], tuned["scalar"] = np.float32([0.25]), np.float32(1.75).reshape(())
+    tuned["gate"], tuned["scalar"] = np.float32([0.25]), np.array(1.75, np.float32)
     return checkpoint(tmp / "base", base), checkpoint(tmp / "tuned", tuned), tuned
 
 

@@ -2,23 +2,12 @@
 
 Stages:
 1. ``prepare`` renders the prompts, checks that they fit, and sets one grammar a row.
-2. Prefill: conditional rows and, under them in the same batch, one guidance row each. Prompts are left-padded.
-3. Loop: guide, restrict to the grammar, sample, yield, feed one slot.
+2. Prefill of all prompts, and of one guidance row under each (``jam.decode.slots``).
+3. Loop: guide, restrict to the grammar, sample, yield, feed one slot; replies that are done leave the batch.
 
-Guidance (classifier-free) needs the same image without its text. A guidance row holds the unconditional prefix
-(``<s><mask>``) in its last prefill slots. While its row writes text it is fed padding that nobody sees. At each
-``<break>`` its mask is set back to the prefix and the slot of the ``<break>``, and its positions go on from the prefix,
-so an image costs no second prefill:
-
-    slot        0      1      2       3     4     5        6      7      8
-    row         <s>    a      cat     is    red   <break>  c      c      <break>
-    guidance    .      <s>    <mask>  .     .     <break>  c      c      .
-    position           0      1                   2        3      4
-
-Masks are explicit, 4D, over cache slots, and so are positions: learned positions would otherwise count the gaps.
 The loop without a cache, in ``jam.decode.naive``, is the oracle of this one.
 
-Shapes: R replies, B batch rows (R, or 2R with guidance), P prompt slots, S slots, V vocabulary.
+Shapes: N rows that are still open, V vocabulary.
 """
 
 import math
@@ -29,12 +18,12 @@ import torch
 from torch import Tensor
 
 from jam.decode import sampling
-from jam.decode.grammar import Kind, Mode, Phase, Row, Rules, StopReason
+from jam.decode.grammar import Mode, Phase, Row, Rules, Step
+from jam.decode.slots import Slots
 from jam.document import Document
 from jam.errors import GenerationError
-from jam.models.heads import next_heads
 from jam.models.load import Bundle
-from jam.tokens.render import TEXT_HEAD, render
+from jam.tokens.render import render
 
 
 @dataclass(frozen=True)
@@ -79,17 +68,6 @@ def _check(name: str, value: float | None, holds: bool, required: str) -> None:
 
 def _at_least_zero(name: str, value: float) -> None:
     _check(name, value, 0 <= value < math.inf, "a finite number of at least 0")
-
-
-@dataclass(frozen=True)
-class Step:
-    """One token of one reply. ``stop`` is set on the last one."""
-
-    row: int
-    position: int
-    token: int
-    kind: Kind
-    stop: StopReason | None
 
 
 @dataclass
@@ -236,76 +214,6 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-class _Slots:
-    """The cache and, for every batch row, which slots it sees and at which position it stands."""
-
-    def __init__(self, bundle: Bundle, job: Job):
-        self.bundle, self.job = bundle, job
-        self.device = bundle.model.device
-        self.replies = len(job.prompts)
-        starts = list(job.prompts) + ([job.prefix] * self.replies if job.guided else [])
-        self.width = max(len(ids) for ids in starts)
-        self.pad = bundle.vocabulary.controls.get("pad", bundle.vocabulary.controls["eos"])
-        slots = self.width + max(row.room for row in job.rows)
-        self.starts = starts
-        self.seen_BS = torch.zeros(len(starts), slots, dtype=torch.bool)
-        self.next_B = torch.tensor([len(ids) for ids in starts])
-        for row, ids in enumerate(starts):
-            self.seen_BS[row, self.width - len(ids) : self.width] = True
-        self.filled = self.width
-        self.cache = None
-
-    def prefill(self) -> Tensor:
-        """Logits [B, V] after the prompts."""
-        ids_BP = torch.full((len(self.starts), self.width), self.pad)
-        positions_BP = torch.zeros_like(ids_BP)
-        for row, ids in enumerate(self.starts):
-            ids_BP[row, self.width - len(ids) :] = torch.tensor(ids)
-            positions_BP[row, self.width - len(ids) :] = torch.arange(len(ids))
-        # a padded slot sees itself, or its attention would be a softmax over nothing
-        causal_PP = torch.ones(self.width, self.width, dtype=torch.bool).tril()
-        mask_BPP = self.seen_BS[:, None, : self.width] & causal_PP | torch.eye(self.width, dtype=torch.bool)
-        heads_BP = next_heads(ids_BP, self.bundle.vocabulary)
-        return self._forward(ids_BP, heads_BP, mask_BPP, positions_BP)
-
-    def feed(self, steps: Sequence[Step]) -> Tensor:
-        """Puts one token into every row and returns the logits [B, V] after it."""
-        batch, slot = len(self.starts), self.filled
-        ids_B = torch.full((batch,), self.pad)
-        positions_B = torch.zeros(batch, dtype=torch.int64)
-        heads_B = torch.full((batch,), TEXT_HEAD)
-        for step in steps:
-            live = [step.row]
-            if self.job.guided and step.kind in (Kind.BEGIN, Kind.CODE):
-                guidance = self.replies + step.row
-                live.append(guidance)
-                if step.kind is Kind.BEGIN:  # back to the prefix: earlier images and the text between stay hidden
-                    self.seen_BS[guidance] = False
-                    self.seen_BS[guidance, self.width - len(self.job.prefix) : self.width] = True
-                    self.next_B[guidance] = len(self.job.prefix)
-            for row in live:
-                ids_B[row], positions_B[row] = step.token, self.next_B[row]
-                heads_B[row] = self.job.rows[step.row].head
-                self.next_B[row] += 1
-                self.seen_BS[row, slot] = True
-        self.filled += 1
-        mask_B1S = self.seen_BS[:, None, : self.filled].clone()
-        mask_B1S[:, :, slot] = True  # rows that wait see their padding now and hide it later
-        return self._forward(ids_B[:, None], heads_B[:, None], mask_B1S, positions_B[:, None])
-
-    @torch.inference_mode()
-    def _forward(self, ids_BT: Tensor, heads_BT: Tensor, mask_BTS: Tensor, positions_BT: Tensor) -> Tensor:
-        logits_BTV, self.cache = self.bundle.logits(
-            ids_BT.to(self.device),
-            heads_BT.to(self.device),
-            attention_mask=mask_BTS[:, None].to(self.device),
-            position_ids=positions_BT.to(self.device),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return logits_BTV[:, -1]
-
-
 def generate(
     bundle: Bundle,
     prompts: Sequence[Document],
@@ -332,15 +240,13 @@ def generate(
 
 
 def _run(bundle: Bundle, job: Job) -> Iterator[Step]:
-    slots = _Slots(bundle, job)
-    logits_BV = slots.prefill()
+    slots = Slots(bundle, job.prompts, job.prefix if job.guided else None, max(row.room for row in job.rows))
+    cond_NV, uncond_NV = slots.prefill()
     position = 0
     while True:
-        rows = job.open_rows()
-        uncond_NV = logits_BV[[slots.replies + row for row in rows]] if job.guided else None
-        steps = job.take(choose(job, position, rows, logits_BV[rows], uncond_NV), position)
+        steps = job.take(choose(job, position, job.open_rows(), cond_NV, uncond_NV), position)
         yield from steps
         if not job.open_rows():
             return
-        logits_BV = slots.feed(steps)
+        cond_NV, uncond_NV = slots.feed(steps)
         position += 1

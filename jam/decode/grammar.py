@@ -49,6 +49,17 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True)
+class Step:
+    """One token of one reply; ``stop`` is set on the last one."""
+
+    row: int
+    position: int
+    token: int
+    kind: Kind
+    stop: StopReason | None
+
+
+@dataclass(frozen=True)
 class Rules:
     """The grammar of all rows of a call.
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from jam.decode.engine import Job, SamplingOptions, Step, choose, prepare
-from jam.decode.grammar import Phase
+from jam.decode.engine import Job, SamplingOptions, choose, prepare
+from jam.decode.grammar import Phase, Step
 from jam.document import Document
 from jam.models.heads import next_heads
 from jam.models.load import Bundle

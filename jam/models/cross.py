@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -202,9 +203,9 @@ class JamCrossForCausalLM(PreTrainedModel, GenerationMixin):
             z_ND = self.shared.project(torch.cat([text_ND, image_NE], -1))
             return torch.cat([nn.functional.linear(z_ND, self.shared.embed.weight[part]) for part in slices], -1)
         head, states = (self.text.lm_head, text_ND) if kind == TEXT_HEAD else (self.image.lm_head, image_NE)
-        if isinstance(head, SpanHead):
+        if isinstance(head, SpanHead) and not isinstance(head.weight, DTensor):
             return head(states, slices)
-        logits = head(states)  # wrapped (LoRA) or resized: all ids, then its own
+        logits = head(states)  # wrapped (LoRA), resized or sharded by rows: all ids, then its own
         return torch.cat([logits[..., part] for part in slices], -1)
 
     def logits(self, text_BTD: Tensor, image_BTE: Tensor, heads_BT: Tensor) -> Tensor:

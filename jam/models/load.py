@@ -10,15 +10,19 @@ neither samples nor trains, and opens no network connection.
 Shapes: B batch, T query tokens, S key slots, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from jam.checkpoint import open_checkpoint
 from jam.errors import CheckpointError, GenerationError
@@ -153,20 +157,22 @@ def load_model(path: Path, config: dict, dtype: torch.dtype = torch.float32) -> 
             "point to another checkpoint"
         )
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
+        with _quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
+                output_loading_info=True,
+            )
+    except (StrictDataclassError, ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{path}: transformers cannot load it ({reason[:300]}); mend config.json or weights"
         ) from error
-    wrong = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
+    wrong = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     if wrong or info["unexpected_keys"]:
         extra = sorted(info["unexpected_keys"])
         raise CheckpointError(
@@ -179,6 +185,20 @@ def load_model(path: Path, config: dict, dtype: torch.dtype = torch.float32) -> 
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(f"{path}: tensor {name} has {bad} NaN or infinite numbers; restore the checkpoint")
     return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars and load report: what is wrong is raised as one line."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _check_parts(bundle: Bundle) -> None:

@@ -144,7 +144,11 @@ def parse(ids: list[int], vocabulary: Vocabulary, text: TextTokenizer) -> Docume
         if token == begin and length:
             close_text()
             codes = ids[at + 1 : at + 1 + length]
-            if len(codes) < length or any(kinds[c] != IMAGE for c in codes) or ids[at + 1 + length : at + 2 + length] != [end]:
+            if (
+                len(codes) < length
+                or any(kinds[c] != IMAGE for c in codes)
+                or ids[at + 1 + length : at + 2 + length] != [end]
+            ):
                 raise DataError(f"token {at}: an image that has not exactly {length} codes and a closing token")
             parts.append(CodesPart(tuple(c - start for c in codes), role, 0.0 if role == "user" else 1.0))
             at += length + 2

@@ -4,7 +4,8 @@ A vocabulary partitions ``[0, size)`` into spans of three kinds: text, control, 
 split by modality and how long an image is all derive from it. ``controls`` names the control ids in use; a control id
 without a name is reserved.
 
-CM3Leon's ``<break>`` both opens and closes an image, so ``begin_image`` and ``end_image`` may be one id; Chameleon has two.
+CM3Leon's ``<break>`` both opens and closes an image, so ``begin_image`` and ``end_image`` may be one id; Chameleon
+has two.
 """
 
 import json
@@ -127,7 +128,10 @@ class JamFile:
         try:
             raw = json.loads(path.read_text())
             return cls(
-                Vocabulary.from_json(raw["vocabulary"]), raw["image_tokenizer"], tuple(raw["unconditional"]), raw["fusion"]
+                Vocabulary.from_json(raw["vocabulary"]),
+                raw["image_tokenizer"],
+                tuple(raw["unconditional"]),
+                raw["fusion"],
             )
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: {error!r}; the file is damaged, restore it from its source") from None

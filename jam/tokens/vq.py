@@ -270,7 +270,9 @@ class VQModel(nn.Module):
                 raise CheckpointError(f"{folder}: no {name}; an image tokenizer folder needs it, point to a whole one")
         raw = json.loads((folder / "config.json").read_text())
         if raw.pop("model_type", None) != "vqgan":
-            raise CheckpointError(f"{folder}/config.json: model_type is not 'vqgan'; point to an image tokenizer folder")
+            raise CheckpointError(
+                f"{folder}/config.json: model_type is not 'vqgan'; point to an image tokenizer folder"
+            )
         config = VQConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
         model = cls(config)
         tensors = load_file(folder / "model.safetensors")

@@ -22,12 +22,13 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from country_facts import ASKED, facts_about
 from subjects import TEXT_TOKENS, Subject, matched_subjects
 from text_tools import hash_fraction, write_rows
 from tokenizers import Tokenizer
-from wordings import ALSO, HERE, SEEN, STYLE_NOTE, THIS, UNSEEN, country_name, phrase
+from wordings import ALSO, HERE, SEEN, STYLE_NOTE, THIS, UNSEEN, country_name, say
 
 IMAGE_TOKENS = 66  # 64 codes and two breaks
 CONVERSATION_TOKENS = 300
@@ -55,6 +56,23 @@ def image(path: str) -> dict:
     return {"type": "image", "path": path}
 
 
+# One turn: the wording used, the user's parts, the assistant's parts.
+Turn = tuple[str, list[dict], list[dict]]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a conversation is about, before it is written."""
+
+    subject: Subject
+    key: tuple[str, ...]
+    wording: str
+    question: str
+    openers: list[dict]
+    style: str
+    other: str
+
+
 @dataclass
 class Writer:
     """Writes conversations of one split; ``wordings`` is SEEN or UNSEEN."""
@@ -66,14 +84,14 @@ class Writer:
     def tokens(self, words: str) -> int:
         return len(self.tokenizer.encode(words).ids)
 
-    def pick(self, options: Sequence, *keys: str):
+    def pick(self, options: Sequence, *keys: str) -> Any:
         return options[int(hash_fraction(*keys) * len(options))]
 
     def texts(self, subject: Subject) -> list[dict]:
         """What a reply may quote: texts of the train split, for held-out labels any."""
         return subject.texts_for("subject" if self.split == "subject" else "train")
 
-    def row(self, subject: Subject, kind: str, number: int, turns: list, used: list[dict]) -> dict:
+    def row(self, subject: Subject, kind: str, number: int, turns: list[Turn], used: list[dict]) -> dict:
         """``turns``: (wording, user parts, assistant parts) each; ``used``: the texts quoted."""
         named = "".join(c for c in unicodedata.normalize("NFKD", subject.label.lower()) if not unicodedata.combining(c))
         slug = re.sub(r"[^a-z0-9]+", "-", named.replace("*", "star").replace("#", "hash")).strip("-")
@@ -114,12 +132,13 @@ class Writer:
         openers = [t for t in self.texts(subject) if t["opens"]]
         options = self.wordings[kind]
         wording = options[(int(hash_fraction("wording", *key[:3]) * len(options)) + 5 * number) % len(options)]
-        said = phrase(subject.label)
         if kind in ("explain", "more") and not openers:
             return None
         if kind in ("two-images", "again") and len(styles) < 2:
             return None
-        question = wording.format(a=said, style=style, other=other, country="")
+        question = (
+            wording.format(style=style) if kind == "again" else say(wording, subject.label, style=style, other=other)
+        )
         build = {
             "explain": self.explain,
             "draw": self.draw,
@@ -128,69 +147,68 @@ class Writer:
             "again": self.again,
             "more": self.more,
         }[kind]
-        turns, used = build(subject, key, wording, question, openers, style, other)
+        turns, used = build(Ask(subject, key, wording, question, openers, style, other))
         return self.row(subject, kind, number, turns, used)
 
-    def explain(self, subject, key, wording, question, openers, style, other):
-        first = openers[int(key[3]) % len(openers)]
-        picture = image(subject.images[style])
-        here = HERE.format(a=phrase(subject.label), style=style)
-        shape = hash_fraction("shape", *key)
-        rest = [t for t in self.texts(subject) if t is not first]
+    def explain(self, ask: Ask) -> tuple[list[Turn], list[dict]]:
+        first = ask.openers[int(ask.key[3]) % len(ask.openers)]
+        picture = image(ask.subject.images[ask.style])
+        here = say(HERE, ask.subject.label, style=ask.style)
+        shape = hash_fraction("shape", *ask.key)
+        rest = [t for t in self.texts(ask.subject) if t is not first]
         if shape < 0.25:
             reply, used = [text(here), picture, text(first["text"])], [first]
         elif shape < 0.40:
             reply, used = [text(first["text"]), picture], [first]
         elif rest:
-            second = self.pick(rest, "second", *key)
+            second = self.pick(rest, "second", *ask.key)
             reply, used = [text(first["text"]), picture, text(second["text"])], [first, second]
         else:
-            reply, used = [text(first["text"]), picture, text(STYLE_NOTE.format(style=style))], [first]
-        return [(wording, [text(question)], reply)], used
+            reply, used = [text(first["text"]), picture, text(STYLE_NOTE.format(style=ask.style))], [first]
+        return [(ask.wording, [text(ask.question)], reply)], used
 
-    def draw(self, subject, key, wording, question, openers, style, other):
-        here = HERE.format(a=phrase(subject.label), style=style)
-        return [(wording, [text(question)], [text(here), image(subject.images[style])])], []
+    def draw(self, ask: Ask) -> tuple[list[Turn], list[dict]]:
+        here = say(HERE, ask.subject.label, style=ask.style)
+        return [(ask.wording, [text(ask.question)], [text(here), image(ask.subject.images[ask.style])])], []
 
-    def two_images(self, subject, key, wording, question, openers, style, other):
-        said = phrase(subject.label)
-        explains = bool(openers) and re.search(r"What is|Explain", wording) is not None
-        lead = openers[0]["text"] if explains else HERE.format(a=said, style=style)
-        also = text(ALSO.format(a=said, style=other))
-        reply = [text(lead), image(subject.images[style]), also, image(subject.images[other])]
-        return [(wording, [text(question)], reply)], openers[:1] if explains else []
+    def two_images(self, ask: Ask) -> tuple[list[Turn], list[dict]]:
+        explains = bool(ask.openers) and re.search(r"What is|Explain", ask.wording) is not None
+        lead = ask.openers[0]["text"] if explains else say(HERE, ask.subject.label, style=ask.style)
+        also = text(say(ALSO, ask.subject.label, style=ask.other))
+        reply = [text(lead), image(ask.subject.images[ask.style]), also, image(ask.subject.images[ask.other])]
+        return [(ask.wording, [text(ask.question)], reply)], ask.openers[:1] if explains else []
 
-    def what_is_this(self, subject, key, wording, question, openers, style, other):
-        said, used = phrase(subject.label), []
-        answer = THIS.format(a=said)
-        fitting = [t for t in openers if self.tokens(f"{answer} {t['text']}") <= TEXT_TOKENS]
+    def what_is_this(self, ask: Ask) -> tuple[list[Turn], list[dict]]:
+        used: list[dict] = []
+        answer = say(THIS, ask.subject.label)
+        fitting = [t for t in ask.openers if self.tokens(f"{answer} {t['text']}") <= TEXT_TOKENS]
         if fitting:
             used = fitting[:1]
             answer = f"{answer} {used[0]['text']}"
-        asked = [text(question), image(subject.images[style])]
-        if hash_fraction("image first", *key) < 0.3:
+        asked = [text(ask.question), image(ask.subject.images[ask.style])]
+        if hash_fraction("image first", *ask.key) < 0.3:
             asked.reverse()
         reply = [text(answer)]
-        longer = f"{answer} {ALSO.format(a=said, style=other)}"
-        if other != style and self.tokens(longer) <= TEXT_TOKENS and hash_fraction("second style", *key) < 0.4:
-            reply = [text(longer), image(subject.images[other])]
-        return [(wording, asked, reply)], used
+        longer = f"{answer} {say(ALSO, ask.subject.label, style=ask.other)}"
+        second = ask.other != ask.style and hash_fraction("second style", *ask.key) < 0.4
+        if second and self.tokens(longer) <= TEXT_TOKENS:
+            reply = [text(longer), image(ask.subject.images[ask.other])]
+        return [(ask.wording, asked, reply)], used
 
-    def first_draw(self, subject, key, style):
+    def first_draw(self, ask: Ask) -> Turn:
         """A first turn that asks for a drawing."""
-        wording = self.pick(self.wordings["draw"], "first", *key)
-        said = phrase(subject.label)
-        reply = [text(HERE.format(a=said, style=style)), image(subject.images[style])]
-        return wording, [text(wording.format(a=said, style=style))], reply
+        wording = self.pick(self.wordings["draw"], "first", *ask.key)
+        reply = [text(say(HERE, ask.subject.label, style=ask.style)), image(ask.subject.images[ask.style])]
+        return wording, [text(say(wording, ask.subject.label, style=ask.style))], reply
 
-    def again(self, subject, key, wording, question, openers, style, other):
-        question = wording.format(style=other)
-        reply = [text(HERE.format(a=phrase(subject.label), style=other)), image(subject.images[other])]
-        return [self.first_draw(subject, key, style), (wording, [text(question)], reply)], []
+    def again(self, ask: Ask) -> tuple[list[Turn], list[dict]]:
+        question = text(ask.wording.format(style=ask.other))
+        reply = [text(say(HERE, ask.subject.label, style=ask.other)), image(ask.subject.images[ask.other])]
+        return [self.first_draw(ask), (ask.wording, [question], reply)], []
 
-    def more(self, subject, key, wording, question, openers, style, other):
-        chosen = self.pick(openers, "more", *key)
-        return [self.first_draw(subject, key, style), (wording, [text(question)], [text(chosen["text"])])], [chosen]
+    def more(self, ask: Ask) -> tuple[list[Turn], list[dict]]:
+        chosen = self.pick(ask.openers, "more", *ask.key)
+        return [self.first_draw(ask), (ask.wording, [text(ask.question)], [text(chosen["text"])])], [chosen]
 
     def compare(self, left: Subject, right: Subject, number: int) -> dict:
         """Two related subjects, one explanation and one image each, in one style where both have it."""
@@ -198,7 +216,7 @@ class Writer:
         shared = sorted(set(left.images) & set(right.images))
         style = self.pick(shared, "style", *key) if shared else ""
         wording = self.pick(self.wordings["compare"], "wording", *key)
-        question = wording.format(a=phrase(left.label), b=phrase(right.label))
+        question = say(wording, left.label, right.label)
         reply, used = [], []
         for subject in (left, right):
             chosen = next(t for t in self.texts(subject) if t["opens"])
@@ -215,7 +233,7 @@ class Writer:
         picture = image(subject.images[self.styles(subject, *key)[0]])
         known = {"source": "countryinfo", "title": country}
         if kind == "which-flag":
-            answer = THIS.format(a=phrase(subject.label))
+            answer = say(THIS, subject.label)
             if facts:
                 longer = f"{answer} {facts_about(country, facts)[self.pick(('capital', 'region'), 'fact', *key)]}"
                 facts = facts if self.tokens(longer) <= TEXT_TOKENS else None

@@ -86,8 +86,8 @@ def clean_summary(extract: str, formulas: bool = False) -> str:
     ``formulas``: the archive took formulas out, so two spaces inside a sentence are a hole in it (elsewhere they are a
     removed pronunciation, which leaves the sentence whole).
 
-    >>> clean_summary("A  tomato (τομάτα) is red .\\xa0It is round. It was fi")
-    'A tomato is red. It is round.'
+    >>> clean_summary("A  tomato (\\u03c4\\u03bf) is a red fruit of the nightshade family .\\xa0It is round. It was fi")
+    'A tomato is a red fruit of the nightshade family. It is round.'
     """
     raw = drop_brackets(fold(extract))
     if formulas:

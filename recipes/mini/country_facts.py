@@ -16,6 +16,8 @@ NO_FACTS = {
     "flag: Burundi": "an old capital",
     "flag: Eswatini": "only one of two capitals",
     "flag: Kazakhstan": "a name of the capital that is no longer used",
+    "flag: Israel": "a capital that is disputed",
+    "flag: Western Sahara": "a capital that is disputed",
     "flag: Ireland": "population of the whole island",
     "flag: Montserrat": "a capital that was abandoned",
     "flag: Sri Lanka": "only one of two capitals",

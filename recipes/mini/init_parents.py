@@ -1,8 +1,8 @@
 """Write the two mini parents, untrained: CM3Leon's architecture and initialisation at d = 256.
 
-CM3Leon (arXiv 2309.02591, section 2.3) is OPT without biases, dropout and learnable layer norms, with learned positions;
-weights are truncated normal (0.006, cut at 3 sigma), the attention output and second FFN matrices zero, positions
-normal (0.0002). Both parents share the tokenizer; the image parent appends one id per image code.
+CM3Leon (arXiv 2309.02591, section 2.3) is OPT without biases, dropout and learnable layer norms, with learned
+positions; weights are truncated normal (0.006, cut at 3 sigma), the attention output and second FFN matrices zero,
+positions normal (0.0002). Both parents share the tokenizer; the image parent appends one id per image code.
 
     python recipes/mini/init_parents.py --out runs/mini --vq runs/vq/vq
 """

@@ -71,6 +71,7 @@ NOT_WORDNET: dict[str, str] = {
     "mount fuji": "calls it extinct, which it is not",
 }
 NOT_WIKIPEDIA: dict[str, str] = {
+    "Cancer": "the disease, not the sign",
     "construction": "the activity; the picture is a barrier",
     "flag: Ireland": "the island, not the country",
     "flag: Micronesia": "the region, not the country",
@@ -89,6 +90,7 @@ CHOSEN = {
     "biohazard": "hazard to humans",
     "bubbles": "a hollow globule of gas",
     "bus stop": "a place on a bus route",
+    "chains": "rings or links fitted",
     "check mark": "a mark indicating",
     "cinema": "a theater where films are shown",
     "copyright": "a document granting",
@@ -205,8 +207,10 @@ def shorten(sentence: str, tokens: Callable[[str], int]) -> str:
 
     ``tokens`` counts the tokens of a text.
 
-    >>> shorten("A hat (cap) is a head covering; it is worn.", lambda text: 60 - text.count(" ") if ";" in text else 9)
-    'A hat is a head covering.'
+    >>> shorten("A hat (cap) is a covering for the head; it is worn outside.", lambda text: 4 * text.count(" "))
+    'A hat is a covering for the head; it is worn outside.'
+    >>> shorten("A hat (cap) is a covering for the head; it is worn outside.", lambda text: 5 * text.count(" "))
+    'A hat is a covering for the head.'
     """
     text = re.sub(r"\s*\([^()]*\)", "", sentence)
     clause = r"(; |, (including|such as|which|where|as well as|although) )"

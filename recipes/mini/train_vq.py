@@ -38,7 +38,7 @@ DATA = Path(__file__).parents[2] / "jam/assets/mini/data"
 
 def load_images() -> tuple[Tensor, list[dict]]:
     """All shipped images as uint8 [N, 3, 64, 64] and their rows."""
-    rows = [json.loads(line) for line in open(DATA / "images.jsonl", encoding="utf-8")]
+    rows = [json.loads(line) for line in (DATA / "images.jsonl").read_text(encoding="utf-8").splitlines()]
     with zipfile.ZipFile(DATA / "images.zip") as archive:
         pixels = [np.asarray(Image.open(io.BytesIO(archive.read(row["file"])))) for row in rows]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), rows
@@ -123,9 +123,8 @@ def psnr(output: Tensor, images: Tensor) -> float:
 
 
 def evaluate(model: VQModel, train: Tensor, held: Tensor, full: bool) -> dict:
-    model.eval()
     sample = held if full else held[:: max(1, len(held) // 300)]
-    output, codes = reconstruct(model, sample)
+    output, _ = reconstruct(model, sample)
     result = {"held_out_psnr": psnr(output, sample), "held_out_images": len(sample)}
     if full:
         small = F.interpolate(sample.float() / 255, size=(8, 8), mode="area")
@@ -136,8 +135,13 @@ def evaluate(model: VQModel, train: Tensor, held: Tensor, full: bool) -> dict:
             "upsampled_psnr": psnr(F.interpolate(small, size=sample.shape[2:], mode="bilinear"), sample),
             "codes_used_on_train": int(train_codes.unique().numel()),
         }
-    model.train()
     return result
+
+
+def write_line(out: Path, line: dict) -> None:
+    with open(out / "log.jsonl", "a", encoding="utf-8") as log:
+        log.write(json.dumps(line) + "\n")
+    print(json.dumps(line), flush=True)
 
 
 def save_state(path: Path, **state) -> None:
@@ -207,14 +211,13 @@ def main() -> None:
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             spent = elapsed + time.time() - began
             line = {"step": step + 1, "loss": sum(losses) / len(losses), "restarts": restarts, "seconds": round(spent)}
-            line |= evaluate(model, train, held, full=step + 1 == args.steps)
-            with open(args.out / "log.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
-            print(json.dumps(line), flush=True)
+            write_line(args.out, line | evaluate(model, train, held, full=False))
             losses, restarts = [], 0
             state = {"count": book.count, "total": book.total, "step": step + 1, "elapsed": spent}
             save_state(state_file, model=model.state_dict(), optimizer=optimizer.state_dict(), **state)
             model.save(args.out / "vq")
+    # what ships is the saved network (bfloat16 but for the codebook): that one is measured
+    write_line(args.out, {"step": args.steps} | evaluate(VQModel.load(args.out / "vq"), train, held, full=True))
 
 
 if __name__ == "__main__":

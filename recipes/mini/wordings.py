@@ -250,6 +250,7 @@ SIGNS = words(
     """
 )
 FACES = {"star-struck": "a star-struck face", "rolling on the floor laughing": "a face rolling on the floor laughing"}
+AGREES = {"is": "are", "does": "do"}
 AN = frozenset(("SOS button", "NG button", "UP! button"))
 THE_COUNTRIES = frozenset(
     (
@@ -308,3 +309,19 @@ def phrase(label: str) -> str:
         return FACES[name]
     vowel = re.match(r"[aeioAEIO]|u(?!ni|se)|[FHLMNRSX]\b(?!-R)|x-ray|hour", name)
     return f"{'an' if name in AN or (vowel and not re.match(r'euro|one|ewe', name)) else 'a'} {name}"
+
+
+def say(template: str, *labels: str, **fields: str) -> str:
+    """The wording with its labels filled in, "is" and "does" made to agree with plurals.
+
+    >>> say("What is {a}?", "cherries"), say(HERE, "red apple", style="flat")
+    ('What are cherries?', 'Here is a red apple in the flat style.')
+    """
+    said = [phrase(label) for label in labels]
+    text = template.format(**dict(zip("ab", said, strict=False)), **fields)
+    for label, name in zip(labels, said, strict=True):
+        if is_plural(label) or re.match(r"(men|women|people) ", name):
+            text = re.sub(rf"\bThis is {re.escape(name)}", f"These are {name}", text)
+            text = re.sub(rf"\b(is|does) {re.escape(name)}", lambda m: m[0].replace(m[1], AGREES[m[1]], 1), text)
+            text = re.sub(rf"\b{re.escape(name)} is\b", f"{name} are", text)
+    return text

@@ -37,7 +37,7 @@ def layer(module: str) -> int:
 
 
 def imports(path: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it; ``from jam import x`` counts as ``jam.x`` when that is a module."""
+    """Every module that a file imports anywhere; ``from jam import x`` counts as ``jam.x`` when that is a module."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -11,6 +11,7 @@ from jam.decode.grammar import Kind
 from jam.decode.naive import generate_naive
 from jam.document import CodesPart, Document, TextPart
 from jam.models.load import Bundle
+from jam.tokens.render import render
 from tests.decode.bundles import cross_bundle, plain_bundle
 
 PROMPTS = [
@@ -80,22 +81,28 @@ def test_left_padding_does_not_move_tokens(bundle: Bundle) -> None:
     assert {row: steps for row, steps in padded.items() if row < 3} == rows(run(bundle))
 
 
-def test_guidance_one_runs_no_guidance_rows_and_is_the_conditional_stream(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Scale 1 by the blend itself (the next float after 1) and scale 1 by its shortcut draw the same tokens."""
-    batches = set()
+@pytest.fixture
+def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """[rows, tokens] of every forward."""
+    seen: list[tuple[int, int]] = []
     forward = Bundle.logits
 
     def counted(self: Bundle, ids_BT: torch.Tensor, *args, **kwargs):
-        batches.add(len(ids_BT))
+        seen.append(tuple(ids_BT.shape))
         return forward(self, ids_BT, *args, **kwargs)
 
     monkeypatch.setattr(Bundle, "logits", counted)
+    return seen
+
+
+def test_guidance_one_is_the_conditional_stream_without_guidance_rows(
+    bundle: Bundle, shapes: list[tuple[int, int]]
+) -> None:
+    """Scale 1 by its shortcut and by the blend itself (the next float after 1) draw the same tokens."""
     off = run(bundle, guidance_scale=1.0)
-    assert batches == {3}
+    assert max(shapes)[0] == 3
     assert run(bundle, guidance_scale=1.0 + 2**-52) == off
-    assert batches == {3, 6}
+    assert max(shapes)[0] == 6
 
 
 def test_guidance_moves_tokens(bundle: Bundle) -> None:
@@ -127,16 +134,55 @@ def test_temperature_zero_is_argmax_whatever_the_seed(bundle: Bundle) -> None:
     assert run(bundle, seed=1, **cold) == run(bundle, seed=2, **cold)
 
 
-def test_a_forward_a_token(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forward_a_token(bundle: Bundle, shapes: list[tuple[int, int]]) -> None:
     """No second prefill at any <break>: n tokens cost n forwards, the prompt's included, the others of one slot."""
-    widths = []
-    forward = Bundle.logits
-
-    def counted(self: Bundle, ids_BT: torch.Tensor, *args, **kwargs):
-        widths.append(ids_BT.shape[1])
-        return forward(self, ids_BT, *args, **kwargs)
-
-    monkeypatch.setattr(Bundle, "logits", counted)
     steps = run(bundle, PROMPTS[:1], max_images=3, min_images=3)
-    assert len(widths) == len(steps)
-    assert set(widths[1:]) == {1}
+    assert sum(step.kind is Kind.BEGIN for step in steps) == 3
+    assert len(shapes) == len(steps)
+    assert set(shapes[1:]) == {(2, 1)}
+
+
+def test_finished_replies_leave_the_batch(bundle: Bundle, shapes: list[tuple[int, int]]) -> None:
+    """Each forward runs the replies that are still open, and a guidance row for each."""
+    for seed in range(4):
+        shapes.clear()
+        lengths = [len(steps) for steps in rows(run(bundle, seed=seed)).values()]
+        if len(set(lengths)) > 1:
+            break
+    assert len(set(lengths)) > 1
+    assert [shape[0] for shape in shapes] == [
+        2 * sum(length > position for length in lengths) for position in range(max(lengths))
+    ]
+
+
+def test_guidance_is_that_of_transformers(tmp_path: Path) -> None:
+    """Greedy codes under transformers' own unbatched guidance (two forwards a step, its own cache) are the same."""
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    bundle = plain_bundle(tmp_path)
+    span, prompt = bundle.vocabulary.image_span, PROMPTS[0]
+
+    class Codes(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            kept = torch.full_like(scores, -torch.inf)
+            kept[:, span.start : span.stop] = scores[:, span.start : span.stop]
+            return kept
+
+    found = []
+    for scale in (1.5, 3.0, 7.0):
+        ids = render(prompt, bundle.vocabulary, bundle.text, complete=False).ids.tolist()
+        theirs = bundle.model.generate(
+            torch.tensor([[*ids, 5]]),
+            attention_mask=torch.ones(1, len(ids) + 1, dtype=torch.int64),
+            negative_prompt_ids=torch.tensor([[0, 3, 5]]),
+            negative_prompt_attention_mask=torch.ones(1, 3, dtype=torch.int64),
+            guidance_scale=scale,
+            max_new_tokens=bundle.vocabulary.codes_per_image,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([Codes()]),
+        )[0, len(ids) + 1 :].tolist()
+        options = {"mode": "image", "max_images": 1, "image_temperature": 0.0, "guidance_scale": scale}
+        ours = [step.token for step in run(bundle, [prompt], **options) if step.kind is Kind.CODE]
+        assert ours == theirs
+        found.append(ours)
+    assert found[0] != found[2]

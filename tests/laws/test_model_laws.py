@@ -27,7 +27,12 @@ ROUNDED = {"rtol": 1e-5, "atol": 1e-5}
 PAIRS = {
     "opt": {},
     "llama": {"family": "llama"},
-    "unequal": {"text_family": "llama", "image_hidden_size": 48, "image_num_hidden_layers": 2},
+    "unequal": {
+        "text_family": "llama",
+        "text_num_hidden_layers": 5,
+        "image_hidden_size": 48,
+        "image_num_hidden_layers": 3,
+    },  # layers are left over after the last exchange
 }
 
 

@@ -47,6 +47,10 @@ def final_weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def log_lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
 class StopAfter(Reporter):
     """Cuts a run short as a kill would: an exception between two steps, nothing saved on the way out."""
 
@@ -65,8 +69,8 @@ def test_eight_micro_batches_of_one_equal_one_of_eight(tmp_path):
     many = run_finetune(with_train(recipe, micro_batch_size=1, global_batch_size=8))
     for name, tensor in final_weights(one).items():
         assert torch.allclose(tensor, final_weights(many)[name], atol=2e-5), name
-    logs = [[json.loads(line) for line in open(folder.parent / "log.jsonl")] for folder in (one, many)]
-    assert logs[0][-1]["loss"] == pytest.approx(logs[1][-1]["loss"], rel=1e-5)
+    losses = [log_lines(folder.parent)[-1]["loss"] for folder in (one, many)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
@@ -85,7 +89,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, ema):
     for name, tensor in final_weights(straight).items():
         assert torch.equal(tensor, final_weights(resumed)[name]), name
     assert any(not torch.equal(tensor, before[name]) for name, tensor in final_weights(straight).items())
-    steps = [json.loads(line)["step"] for line in open(tmp_path / "broken" / "log.jsonl")]
+    steps = [line["step"] for line in log_lines(tmp_path / "broken")]
     assert steps == sorted(set(steps))
 
 
@@ -98,10 +102,12 @@ def train_a_little(tmp_path: Path) -> tuple[FinetuneRecipe, Path]:
     return recipe, tmp_path / "run"
 
 
-@pytest.mark.parametrize("victim", ["model.safetensors", "train/optimizer.safetensors", "state.json", "COMPLETE", "MANIFEST.json"])
+@pytest.mark.parametrize(
+    "victim", ["model.safetensors", "train/optimizer.safetensors", "state.json", "COMPLETE", "MANIFEST.json"]
+)
 @pytest.mark.parametrize("damage", ["truncate", "remove"])
 def test_a_damaged_checkpoint_is_never_resumed_in_silence(tmp_path, victim, damage):
-    """transformers' Trainer resumes with a fresh optimizer when optimizer.pt is gone; here the older one is used, aloud."""
+    """transformers' Trainer resumes with a fresh optimizer where it is missing; here the older one is used, aloud."""
     _, run = train_a_little(tmp_path)
     newest = checkpoint.listed(run)[0]
     path = newest / victim
@@ -149,7 +155,7 @@ def test_a_frozen_group_does_not_move_and_the_rest_does(tmp_path):
 def test_final_folder_loads_without_jam(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    recipe, run = train_a_little(tmp_path)
+    _, run = train_a_little(tmp_path)
     shutil.rmtree(tmp_path / "image")
     model = AutoModelForCausalLM.from_pretrained(run / "final")
     assert model.config.vocab_size == load_bundle(run / "final").vocabulary.size

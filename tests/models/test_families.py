@@ -1,6 +1,7 @@
 """The tensor tables against transformers' own models, and the refusals of what they do not describe."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_absent_keys_mean_what_transformers_means(tmp_path: Path):
         (lambda t: t.update({"model.decoder.layers.0.fc1.weight": torch.zeros(64, 31)}), r"is \[64, 31\], config.json"),
     ],
 )
-def test_refuses_tensors_that_the_config_does_not_describe(tmp_path: Path, change, message: str):  # noqa: ANN001
+def test_refuses_tensors_that_the_config_does_not_describe(tmp_path: Path, change: Callable, message: str):
     folder = tiny_parent(tmp_path, False, 0)
     tensors = load_file(folder / WEIGHTS)
     change(tensors)

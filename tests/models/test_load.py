@@ -121,7 +121,10 @@ BROKEN = {
     "infinity": (edit_tensors(lambda t: t[GATE].fill_(-torch.inf)), f"{GATE} has 1 NaN or infinite"),
     "missing tensor": (edit_tensors(lambda t: t.pop(GATE)), f"1 tensors missing or misshapen, 0 unexpected .{GATE}"),
     "spare tensor": (edit_tensors(lambda t: t.update(extra=torch.ones(2))), "1 unexpected .extra"),
-    "misshapen tensor": (edit_tensors(lambda t: t.update({LAYER: torch.ones(3, 4)})), "fused"),
+    "misshapen tensor": (
+        edit_tensors(lambda t: t.update({LAYER: torch.ones(3, 4)})),
+        f"misshapen, 0 unexpected .{LAYER}",
+    ),
     "unknown type": (edit_json("config.json", model_type="warp"), "model type 'warp' is not a causal language model"),
     "wrong exchanges": (edit_json("config.json", exchanges=[[9, 9]]), "exchanges"),
     "wrong sizes": (edit_json("config.json", vocab_size=7), "vocab_size"),

@@ -1,0 +1,125 @@
+"""What the decoder refuses, each with the numbers, before the first forward; and its edges."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from jam.decode.engine import SamplingOptions, encode_images, generate
+from jam.decode.grammar import Kind
+from jam.document import Document, ImagePart, TextPart
+from jam.errors import DataError, GenerationError
+from jam.models.load import Bundle, load_bundle
+from tests.decode.bundles import plain_bundle
+from tests.tiny import CODES_PER_IMAGE, tiny_pair
+
+CONTEXT = 256
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return plain_bundle(tmp_path_factory.mktemp("engine"))
+
+
+@pytest.fixture(scope="module")
+def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return load_bundle(tiny_pair(tmp_path_factory.mktemp("text"))[0])
+
+
+def prompt(tokens: int) -> Document:
+    """A plain document of exactly that many tokens: bos and letters (an x is one token)."""
+    return Document((TextPart("x" * (tokens - 1)),))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"text_temperature": -1.0}, ["text_temperature is -1.0", "at least 0"]),
+        ({"image_temperature": math.nan}, ["image_temperature is nan"]),
+        ({"text_top_p": 0.0}, ["text_top_p is 0.0", "above 0 and at most 1"]),
+        ({"image_top_p": 1.5}, ["image_top_p is 1.5"]),
+        ({"image_top_k": 0}, ["image_top_k is 0"]),
+        ({"max_tokens": 0}, ["max_tokens is 0"]),
+        ({"guidance_scale": math.inf}, ["guidance_scale is inf"]),
+        ({"seed": -1}, ["seed is -1"]),
+    ],
+)
+def test_options_refuse_bad_values(changes: dict, words: list[str]) -> None:
+    with pytest.raises(GenerationError) as caught:
+        SamplingOptions(**changes)
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "words"),
+    [
+        (CONTEXT + 50, SamplingOptions(), ["306 tokens", "context 256", "room for 1 more"]),
+        (CONTEXT, SamplingOptions(), ["256 tokens", "room for 1 more"]),
+        (CONTEXT - 6, SamplingOptions(mode="image"), ["250 tokens", "room for 7 more"]),
+        (9, SamplingOptions(mode="image", max_tokens=6), ["max_tokens is 6", "1 images needs 7"]),
+        (9, SamplingOptions(min_images=2, max_tokens=12), ["max_tokens is 12", "2 images needs 13"]),
+    ],
+)
+def test_no_room_is_refused_at_the_call(
+    bundle: Bundle, tokens: int, options: SamplingOptions, words: list[str]
+) -> None:
+    with pytest.raises(GenerationError) as caught:
+        generate(bundle, [prompt(tokens)], options)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_the_prompt_at_fault_is_named(bundle: Bundle) -> None:
+    with pytest.raises(GenerationError, match="prompt 1: the prompt has 300 tokens"):
+        generate(bundle, [prompt(3), prompt(300)])
+
+
+def test_the_last_position_of_the_context_is_used(bundle: Bundle) -> None:
+    """A prompt that leaves one token gets one; one that leaves an image and its end gets both."""
+    steps = list(generate(bundle, [prompt(CONTEXT - 1)], SamplingOptions()))
+    assert len(steps) == 1 and steps[0].stop is not None
+    steps = list(generate(bundle, [prompt(CONTEXT - 7)], SamplingOptions(mode="image")))
+    assert [step.kind for step in steps] == [Kind.BEGIN, *[Kind.CODE] * CODES_PER_IMAGE, Kind.END, Kind.EOS]
+
+
+def test_text_models_write_text_and_refuse_images(text_bundle: Bundle) -> None:
+    steps = list(generate(text_bundle, [prompt(4)], SamplingOptions(max_tokens=20)))
+    assert {step.kind for step in steps} <= {Kind.TEXT, Kind.EOS}
+    with pytest.raises(GenerationError, match="no images"):
+        generate(text_bundle, [prompt(4)], SamplingOptions(mode="image"))
+
+
+def test_pixels_need_an_image_tokenizer(bundle: Bundle, text_bundle: Bundle) -> None:
+    document = Document((ImagePart(Image.new("RGB", (9, 9))), TextPart("a")))
+    assert len(encode_images(bundle, document).parts[0].codes) == CODES_PER_IMAGE
+    with pytest.raises(GenerationError, match="1 images and this model has no image tokenizer"):
+        encode_images(text_bundle, document)
+    with pytest.raises(DataError, match="pixels"):
+        generate(bundle, [document])
+
+
+def test_a_model_without_an_unconditional_prompt_says_so(bundle: Bundle, tmp_path: Path) -> None:
+    other = replace(bundle, unconditional=("bos", "mask"))
+    with pytest.raises(GenerationError, match="guidance_scale to 1"):
+        generate(other, [prompt(4)])
+    assert list(generate(other, [prompt(4)], SamplingOptions(guidance_scale=1.0, max_tokens=5)))
+
+
+def test_streams_are_the_rows_random_numbers(bundle: Bundle) -> None:
+    """Equal prompts on one stream are equal replies, on two streams two."""
+    options = SamplingOptions(max_tokens=20, text_temperature=1.0, text_top_p=1.0)
+
+    def tokens(streams: list[int]) -> list[list[int]]:
+        steps = list(generate(bundle, [prompt(4)] * 2, options, streams))
+        return [[step.token for step in steps if step.row == row] for row in (0, 1)]
+
+    same, apart = tokens([4, 4]), tokens([4, 5])
+    assert same[0] == same[1] == apart[0] != apart[1]
+
+
+def test_iteration_may_stop_anywhere(bundle: Bundle) -> None:
+    steps = generate(bundle, [prompt(4)], SamplingOptions(max_tokens=50))
+    first = next(steps)
+    steps.close()
+    assert first == next(iter(generate(bundle, [prompt(4)], SamplingOptions(max_tokens=50))))

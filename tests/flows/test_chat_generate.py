@@ -1,0 +1,253 @@
+"""`jam generate` and `jam chat` on a tiny fused folder: random replies, real files."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import jam.chat
+from jam.cli import main
+from jam.document import CodesPart, from_messages
+from jam.tokens.image import open_image
+from merge.recipe import MergeRecipe
+from merge.run import run_merge
+from tests.tiny import CODES_PER_IMAGE, tiny_pair
+
+SHORT = ["--max-tokens", "40"]
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return tiny_pair(tmp_path_factory.mktemp("parents"))
+
+
+@pytest.fixture(scope="module")
+def fused(parents: tuple[Path, Path]) -> Path:
+    out = parents[0].parent / "fused"
+    run_merge(MergeRecipe(method="cross", text=parents[0], image=parents[1], out=out, dtype="float32"))
+    return out
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "red dot.png"
+    Image.new("RGB", (20, 12), (200, 30, 30)).save(path)
+    return path
+
+
+def reply(out: Path) -> list[dict]:
+    return json.loads((out / "out.json").read_text())
+
+
+def test_generate_writes_text_and_images_in_order(fused: Path, tmp_path: Path) -> None:
+    """Through a fresh process, as a user runs it."""
+    out = tmp_path / "reply"
+    command = [sys.executable, "-m", "jam.cli", "generate", str(fused), "--prompt", "draw a cat", "--out", str(out)]
+    done = subprocess.run([*command, "--mode", "image", "--max-images", "2", *SHORT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    entries = reply(out)
+    assert [entry["type"] for entry in entries] in (["image"], ["image", "image"])
+    assert {path.name for path in out.iterdir()} == {"out.json", *(entry["path"] for entry in entries)}
+    assert open_image(out / "image-0.png").size == (8, 8)
+    assert "out.json" in done.stdout
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_generate_text_mode_is_text(fused: Path, tmp_path: Path) -> None:
+    assert main(["generate", str(fused), "--prompt", "hi", "--out", str(tmp_path / "a"), "--mode", "text", *SHORT]) == 0
+    assert {entry["type"] for entry in reply(tmp_path / "a")} <= {"text"}
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["out.json"]
+
+
+def test_generate_same_seed_same_bytes_other_seed_other_text(fused: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        out = ["--out", str(tmp_path / name), "--seed", seed]
+        assert (
+            main(["generate", str(fused), "--prompt", "go", *out, "--mode", "text", "--temperature", "1", *SHORT]) == 0
+        )
+    assert reply(tmp_path / "a") == reply(tmp_path / "b") != reply(tmp_path / "c")
+
+
+def test_generate_reads_images_and_empty_folders_are_fine(fused: Path, picture: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    prompt = ["--prompt", "what is <image>?", "--image", str(picture)]
+    assert main(["generate", str(fused), *prompt, "--out", str(out), *SHORT]) == 0
+    assert (out / "out.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt", "x" * 300], ["303", "256", "shorten the prompt"]),
+        (["--prompt", "x", "--image", "missing.png"], ["missing.png", "no such image"]),
+        (["--prompt", "<image> and <image>", "--image", "PICTURE"], ["2 <image> markers", "1 images"]),
+        (["--prompt", "  "], ["prompt is empty"]),
+        (["--prompt", "x", "--mode", "image", "--max-tokens", "5"], ["max_tokens is 5", "needs 7"]),
+        (["--prompt", "x", "--mode", "image", "--max-images", "0"], ["max_images 0"]),
+        (["--prompt", "x", "--top-p", "0"], ["text_top_p is 0", "above 0"]),
+    ],
+)
+def test_generate_refuses_in_one_line_and_writes_nothing(
+    fused: Path,
+    picture: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: list[str],
+) -> None:
+    arguments = [str(picture) if argument == "PICTURE" else argument for argument in arguments]
+    assert main(["generate", str(fused), *arguments, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and all(word in error for word in words)
+    assert list(tmp_path.iterdir()) == [picture]
+
+
+def test_generate_refuses_a_folder_in_use_before_loading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The model does not even exist: the folder is checked first, so that no minute is lost."""
+    (tmp_path / "mine.txt").write_text("keep")
+    assert main(["generate", "nowhere", "--prompt", "x", "--out", str(tmp_path)]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_generate_refuses_images_for_a_text_model(
+    parents: tuple[Path, Path], picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--prompt", "x", "--image", str(picture), "--out", str(tmp_path / "out")]
+    assert main(["generate", str(parents[0]), *arguments]) == 2
+    assert "no image tokenizer" in capsys.readouterr().err
+
+
+def test_generate_continues_a_text_model(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    """A model without role controls goes on with the prompt as a plain document."""
+    assert main(["generate", str(parents[0]), "--prompt", "the", "--out", str(tmp_path / "out"), *SHORT]) == 0
+    assert {entry["type"] for entry in reply(tmp_path / "out")} <= {"text"}
+
+
+def test_a_killed_writer_leaves_no_folder(fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jam.generate.json.dumps", fail)
+    arguments = ["--mode", "text", "--out", str(tmp_path / "out"), *SHORT]
+    assert main(["generate", str(fused), "--prompt", "x", *arguments]) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def talk(monkeypatch: pytest.MonkeyPatch, lines: list[str], model: Path, *options: str) -> int:
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    return main(["chat", str(model), "--seed", "3", *options])
+
+
+@pytest.fixture
+def drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every reply has an image: an untrained model would open one about once in three hundred tokens."""
+    real = jam.chat.sampling_options
+    forced = {"min_images": 1, "max_images": 1, "max_tokens": 30}
+    monkeypatch.setattr("jam.chat.sampling_options", lambda **given: real(**given, **forced))
+
+
+def test_chat_piped(fused: Path, tmp_path: Path) -> None:
+    """A fresh process, piped input, end of input quits."""
+    command = [sys.executable, "-m", "jam.cli", "chat", str(fused), "--seed", "1", "--out", str(tmp_path / "chats")]
+    done = subprocess.run(command, input="hello\n/help\n/nonsense\n", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "/image FILE" in done.stdout and "/nonsense: no such command" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+@pytest.mark.usefixtures("drawing")
+def test_chat_with_images_and_save(
+    fused: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Images of both sides survive in the saved conversation with their exact codes."""
+    lines = [f"/image {picture}", "what is this?", "draw another", "/save", "/save", "/quit", "never read"]
+    assert talk(monkeypatch, lines, fused, "--out", str(tmp_path / "chats")) == 0
+    (folder,) = (tmp_path / "chats").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["chat.json", "image-0.png", "image-1.png"]
+    said = json.loads((folder / "chat.json").read_text())
+    assert [message["role"] for message in said] == ["user", "assistant"] * 2
+    images = [block for message in said for block in message["content"] if block["type"] == "image"]
+    assert [Path(image["path"]).name for image in images] == ["red dot.png", "image-0.png", "image-1.png"]
+    assert all(len(image["codes"]) == CODES_PER_IMAGE for image in images)
+    assert said[0]["content"][0] == {"type": "text", "text": "what is this?"}
+    document = from_messages(said, lambda path: open_image(Path(path)))
+    assert len(document.parts) == sum(len(message["content"]) for message in said)
+    output = capsys.readouterr().out
+    assert f"[image: {folder / 'image-0.png'}]" in output and "never read" not in output
+
+
+@pytest.mark.usefixtures("drawing")
+def test_chat_keeps_exact_codes_in_its_history(fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reply's image goes into the next prompt as it was drawn, never through pixels and back."""
+    prompts = []
+    real = jam.chat.generate
+
+    def spy(bundle, documents, *args, **kwargs):
+        prompts.append(documents[0])
+        return real(bundle, documents, *args, **kwargs)
+
+    monkeypatch.setattr("jam.chat.generate", spy)
+    assert talk(monkeypatch, ["one", "two", "/save", "/reset", "three"], fused, "--out", str(tmp_path)) == 0
+    (saved,) = tmp_path.rglob("chat.json")
+    said = json.loads(saved.read_text())
+    codes = [tuple(block["codes"]) for message in said for block in message["content"] if block["type"] == "image"]
+    assert [part.codes for part in prompts[1].parts if isinstance(part, CodesPart)] == codes[:1]
+    assert len(prompts[2].parts) == 1
+
+
+def test_chat_goes_on_after_errors(
+    fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["/image missing.png", "/seed x", "/image", "x" * 400, "/seed 4"]
+    assert talk(monkeypatch, lines, fused, "--out", str(tmp_path)) == 0
+    output = capsys.readouterr().out
+    for words in (
+        "missing.png: no such image",
+        "/seed x: a whole number",
+        "/image: the path",
+        "403 tokens",
+        "(seed 4)",
+    ):
+        assert words in output.replace("\n", " "), words
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_chat_drops_the_oldest_turns_loudly(
+    fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = jam.chat.sampling_options
+    monkeypatch.setattr("jam.chat.sampling_options", lambda **given: real(**given, max_tokens=90))
+    assert talk(monkeypatch, ["a" * 60, "b" * 60, "c" * 60], fused, "--out", str(tmp_path)) == 0
+    assert "oldest turns are forgotten" in capsys.readouterr().out
+
+
+def test_chat_interrupt_stops_the_reply_only(
+    fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first reply is interrupted after five tokens; the second is whole, and the first stays in its prompt."""
+    prompts, real = [], jam.chat.generate
+
+    def interrupted(bundle, documents, *args, **kwargs):
+        prompts.append(documents[0])
+        for count, step in enumerate(real(bundle, documents, *args, **kwargs)):
+            if count == 5 and len(prompts) == 1:
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr("jam.chat.generate", interrupted)
+    assert talk(monkeypatch, ["one", "two"], fused, "--out", str(tmp_path)) == 0
+    assert "(stopped)" in capsys.readouterr().out
+    assert [part.role for part in prompts[1].parts] == ["user", "assistant", "user"]
+
+
+def test_chat_refuses_a_text_model(
+    parents: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert talk(monkeypatch, ["hi"], parents[0]) == 2
+    assert "no user and assistant controls" in capsys.readouterr().err

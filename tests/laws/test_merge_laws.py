@@ -1,0 +1,222 @@
+"""Laws of merging: what each method promises about weights, rows and bytes, through ``run_merge`` on tiny parents."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+import jam.checkpoint
+import merge.run
+from jam.checkpoint import WEIGHTS
+from jam.models.families import FAMILIES
+from jam.models.heads import next_heads
+from jam.models.load import load_bundle
+from jam.tokens.render import IMAGE_HEAD
+from jam.tokens.vocabulary import JamFile
+from merge.recipe import MergeRecipe
+from merge.run import METHODS, run_merge
+from tests.tiny import tiny_pair, tiny_parent
+
+ROOT = Path(__file__).parents[2]
+TEXT_IDS, CODE = slice(8, 288), 288
+
+
+def fuse(text: Path, image: Path, out: Path, method: str, dtype: str = "float32", **sections: dict) -> Path:
+    run_merge(MergeRecipe(method=method, text=text, image=image, out=out, dtype=dtype, **sections))
+    return out
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    return load_file(folder / WEIGHTS)
+
+
+def same_bits(first: np.ndarray, second: np.ndarray) -> bool:
+    return first.shape == second.shape and first.tobytes() == second.tobytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("weight", [0.5, 0.3, 0.0, 1.0])
+def test_uniform_of_a_model_with_itself_is_that_model(tmp_path: Path, family: str, images: bool, weight: float):
+    parent = tiny_parent(tmp_path / "a", images, 3, family)
+    out = fuse(parent, parent, tmp_path / "out", "uniform", uniform={"weight": weight})
+    before, after = weights(parent), weights(out)
+    assert before.keys() == after.keys() and all(same_bits(before[name], after[name]) for name in before)
+    assert JamFile.read(out).vocabulary == JamFile.read(parent).vocabulary
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_uniform_at_one_is_the_text_parent_wherever_it_owns(tmp_path: Path, family: str):
+    text, image = tiny_pair(tmp_path, family=family)
+    ours, theirs = weights(text), weights(image)
+    for share, parent, owned in ((1.0, ours, [0, 1, 2, *range(8, 288)]), (0.0, theirs, list(range(304)))):
+        merged = weights(fuse(text, image, tmp_path / f"out{share}", "uniform", uniform={"weight": share}))
+        for name, tensor in parent.items():
+            rows = owned if tensor.shape[0] in (288, 304) else slice(None)
+            assert same_bits(merged[name][rows], tensor[rows]), name
+
+
+def test_uniform_rows_are_averaged_when_both_own_them_and_copied_when_one_does(tmp_path: Path):
+    text, image = tiny_pair(tmp_path)
+    name = FAMILIES["opt"].embed
+    ours, theirs = weights(text)[name], weights(image)[name]
+    merged = weights(fuse(text, image, tmp_path / "out", "uniform"))[name]
+    shared = [0, 1, 2, *range(8, 288)]
+    assert same_bits(merged[shared], np.float32(0.5) * ours[shared] + np.float32(0.5) * theirs[shared])
+    image_only = [*range(3, 8), *range(288, 304)]
+    assert same_bits(merged[image_only], theirs[image_only]) and not same_bits(ours[3:8], theirs[3:8])
+
+
+def blocks(merged: np.ndarray, text: np.ndarray, image: np.ndarray) -> list[np.ndarray]:
+    """The four blocks of a widened matrix: text, upper right, lower left, image."""
+    row, column = text.shape
+    return [merged[:row, :column], merged[:row, column:], merged[row:, :column], merged[row:, column:]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["copy", "average", "zero"])
+def test_width_blocks(tmp_path: Path, family: str, mode: str):
+    text, image = tiny_pair(tmp_path, family=family)
+    out = fuse(text, image, tmp_path / "out", "width", width={"off_diagonal": mode})
+    ours, theirs, merged = weights(text), weights(image), weights(out)
+    mean = {name: np.float32(0.5) * ours[name] + np.float32(0.5) * theirs[name] for name in ours if "embed" not in name}
+    checked = 0
+    for name, tensor in ours.items():
+        if tensor.ndim == 1:
+            assert same_bits(merged[name], np.concatenate([tensor, theirs[name]])), name
+        elif "embed" not in name and "lm_head" not in name:
+            found = blocks(merged[name], tensor, theirs[name])
+            zero = np.zeros_like(tensor)
+            beside = {"copy": (tensor, theirs[name]), "average": (mean[name],) * 2, "zero": (zero, zero)}[mode]
+            expected = [tensor, beside[0], beside[1], theirs[name]]
+            assert all(same_bits(*pair) for pair in zip(found, expected, strict=True)), name
+            checked += 1
+    assert checked >= 24
+    table = merged[FAMILIES[family].embed]
+    shared, image_only = [0, 1, 2, *range(8, 288)], [*range(3, 8), *range(288, 304)]
+    assert same_bits(table[shared, :32], ours[FAMILIES[family].embed][shared])
+    assert same_bits(table[:, 32:], theirs[FAMILIES[family].embed]) and not table[image_only, :32].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("method", "image_tied"), [("uniform", True), ("width", True), ("uniform", False), ("width", False)]
+)
+def test_single_table_results_load_strictly_without_jam(tmp_path: Path, family: str, method: str, image_tied: bool):
+    text, image = tiny_pair(
+        tmp_path, family=family, text_tie_word_embeddings=True, image_tie_word_embeddings=image_tied
+    )
+    out = fuse(text, image, tmp_path / "out", method, dtype="bfloat16")
+    model, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    assert model.dtype == torch.bfloat16 and model.config.vocab_size == 304
+    assert model.config.tie_word_embeddings == image_tied == ("lm_head.weight" not in weights_names(out))
+    assert model(torch.tensor([[0, 20, 300]])).logits.isfinite().all()
+
+
+def weights_names(folder: Path) -> set[str]:
+    return set(jam.checkpoint.open_checkpoint(folder).tensors)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_width_with_zero_blocks_of_a_model_with_itself_doubles_its_logits(tmp_path: Path, family: str):
+    """Equal halves have equal statistics, so that even the norm over both leaves each half its parent."""
+    parent = tiny_parent(tmp_path / "a", True, 1, family)
+    out = fuse(parent, parent, tmp_path / "out", "width", width={"off_diagonal": "zero"})
+    ids = torch.tensor([[0, 20, 33, 5, 290, 291, 292, 293, 5, 40, 2]])
+    single, double = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64)(ids).logits for f in (parent, out))
+    assert single.std() > 0.1
+    torch.testing.assert_close(double, 2 * single, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"image_hidden_size": 48, "image_num_hidden_layers": 6}, {"text_family": "llama"}]
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_cross_as_merged_is_its_parents(tmp_path: Path, changes: dict, tied: bool):
+    """Parts (a), (b) and (c) of the theorem of two towers with zero gates, on folders that the merge wrote."""
+    text, image = tiny_pair(tmp_path, tie_word_embeddings=tied, **changes)
+    out = fuse(text, image, tmp_path / "out", "cross")
+    merged, ours, theirs = weights(out), weights(text), weights(image)
+    table = {side: FAMILIES[json.loads((f / "config.json").read_text())["model_type"]].embed for side, f in
+             (("text", text), ("image", image))}  # fmt: skip
+    for side, parent in (("text", ours), ("image", theirs)):
+        for name, tensor in parent.items():
+            if name not in (table[side], "lm_head.weight"):
+                assert same_bits(merged[f"{side}.{name}"], tensor), name
+    fused, llm, painter = (load_bundle(folder, torch.float64) for folder in (out, text, image))
+    ids = torch.tensor([[0, 20, 33, 40, 2, 11]])
+    owned = [0, 1, 2, *range(8, 288)]
+    found = fused.logits(ids, next_heads(ids, fused.vocabulary))[0][..., owned].log_softmax(-1)
+    expected = llm.logits(ids, next_heads(ids, llm.vocabulary))[0][..., owned].log_softmax(-1)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    ids = torch.tensor([[0, 20, 33, 5, 290, 291, 292, 293, 5, 5, 303, 288, 289, 290, 5, 2]])
+    heads = next_heads(ids, fused.vocabulary)
+    found, expected = (bundle.logits(ids, heads)[0][heads == IMAGE_HEAD].log_softmax(-1) for bundle in (fused, painter))
+    assert len(found) == 10
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_row_has_one_recorded_source(tmp_path: Path, method: str):
+    text, image = tiny_pair(tmp_path, tie_word_embeddings=False)
+    out = fuse(text, image, tmp_path / "out", method)
+    report = json.loads((out / "report.json").read_text())
+    assert report["rows"] and report["tensors"].keys() == weights(out).keys()
+    for table in report["rows"].values():
+        ids = [index for start, stop, _ in table["ranges"] for index in range(start, stop)]
+        assert ids == list(range(304)) and sum(table["counts"].values()) == 304
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_union_of_a_vocabulary_with_itself_is_itself(tmp_path: Path, method: str):
+    parent = tiny_parent(tmp_path / "a", True, 3)
+    out = fuse(parent, parent, tmp_path / "out", method)
+    assert JamFile.read(out).vocabulary == JamFile.read(parent).vocabulary
+    for table in json.loads((out / "report.json").read_text())["rows"].values():
+        assert len(table["counts"]) == 1 and not any(word in str(table) for word in ("foreign", "half:"))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Every file but the recipe, which names the output folder."""
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != "merge.yaml"]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+CHOICES = [("uniform", []), ("width", []), ("cross", []), ("cross", ["cross.tables=shared"])]
+
+
+@pytest.mark.parametrize(("method", "more"), CHOICES, ids=lambda value: str(value))
+def test_same_inputs_give_the_same_bytes_streamed_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, more: list[str]
+):
+    """Whatever the hash seed of the process and the size of the blocks that a tensor is streamed in."""
+    text, image = tiny_pair(tmp_path)
+    sections = {"cross": {"tables": "shared"}} if more else {}
+    found = [digests(fuse(text, image, tmp_path / "whole", method, dtype="bfloat16", **sections))]
+    monkeypatch.setattr(merge.run, "row_blocks", lambda shape: jam.checkpoint.row_blocks(shape, 100))
+    found.append(digests(fuse(text, image, tmp_path / "streamed", method, dtype="bfloat16", **sections)))
+    out = tmp_path / "process"
+    parents = ["--text", str(text), "--image", str(image), "--out", str(out)]
+    command = [sys.executable, "-m", "jam.cli", "merge", "--method", method, *parents, *more]
+    subprocess.run(command, check=True, cwd=ROOT, env={"PYTHONHASHSEED": "1"})
+    found.append(digests(out))
+    assert len(found[0]) > 8 and all(other == found[0] for other in found)
+
+
+def test_seed_changes_new_weights_only(tmp_path: Path):
+    text, image = tiny_pair(tmp_path)
+    run_merge(MergeRecipe(method="cross", text=text, image=image, out=tmp_path / "a", dtype="float32"))
+    run_merge(MergeRecipe(method="cross", text=text, image=image, out=tmp_path / "b", dtype="float32", seed=1))
+    first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
+    moved = {name for name in first if not same_bits(first[name], second[name])}
+    assert moved == {name for name in first if name.startswith("cross.") and "norm" not in name and "gate" not in name}
+    gates = [tensor for name, tensor in first.items() if name.endswith("gate")]
+    assert len(gates) == 4 and not np.concatenate(gates).any()

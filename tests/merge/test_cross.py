@@ -1,0 +1,92 @@
+"""Parts of the cross merge: where towers meet, new weights, the shared table."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jam.checkpoint import WEIGHTS
+from jam.errors import MergeError
+from merge.cross import Normal, exchanges
+from merge.recipe import MergeRecipe
+from merge.run import run_merge
+from tests.tiny import tiny_pair
+
+
+@pytest.mark.parametrize(
+    ("depths", "every", "expected"),
+    [
+        ((8, 8), 2, [[2, 2], [4, 4], [6, 6], [8, 8]]),
+        ((4, 6), 2, [[2, 3], [4, 6]]),
+        ((6, 4), 1, [[2, 1], [3, 2], [5, 3], [6, 4]]),
+        ((5, 32), 2, [[2, 13], [4, 26]]),
+        ((3, 3), 4, []),
+    ],
+)
+def test_layers_are_paired_in_proportion(depths: tuple[int, int], every: int, expected: list[list[int]]):
+    assert exchanges(*depths, every) == expected
+
+
+def test_pairs_always_go_forward():
+    for shallow in range(1, 20):
+        for deep in range(shallow, 60):
+            for every in (1, 2, 4):
+                pairs = exchanges(shallow, deep, every)
+                assert len(pairs) == shallow // every
+                assert all(a < b and c < d for (a, c), (b, d) in itertools.pairwise(pairs))
+                assert not pairs or (pairs[0][1] >= 1 and pairs[-1][1] <= deep)
+
+
+def test_new_weights_are_normal_and_independent_of_blocks_and_of_each_other():
+    rule = Normal((300, 70), 0.02, 0, "a")
+    whole = rule.rows(slice(0, 300))
+    for size in (1, 7, 128):
+        streamed = np.concatenate([rule.rows(slice(at, min(at + size, 300))) for at in range(0, 300, size)])
+        assert streamed.tobytes() == whole.tobytes()
+    assert abs(whole.mean()) < 3 * 0.02 / 145 and abs(whole.std() / 0.02 - 1) < 0.02
+    share = np.mean(np.abs(whole) > 2 * 0.02)  # 4.55 % of a normal distribution, 4.4 % of this sum of twelve
+    assert 0.038 < share < 0.052
+    for other in (Normal((300, 70), 0.02, 1, "a"), Normal((300, 70), 0.02, 0, "b")):
+        assert abs(np.corrcoef(whole.ravel(), other.rows(slice(0, 300)).ravel())[0, 1]) < 0.03
+
+
+PINNED = [[-1.554534912109375, 0.13092041015625, -1.9044342041015625], [0.850830078125, -0.166015625, -1.7044677734375]]
+
+
+def test_new_weights_never_change():
+    """Differences shipped for a merged base need the very same base on every machine and numpy."""
+    assert Normal((2, 3), 1.0, 0, "cross.0.text.fc1.weight").rows(slice(0, 2)).tolist() == PINNED
+
+
+@pytest.mark.parametrize("changes", [{}, {"image_hidden_size": 24, "image_num_attention_heads": 4}])
+def test_the_shared_table_gives_each_tower_its_parents_image_rows(tmp_path: Path, changes: dict):
+    text, image = tiny_pair(tmp_path, **changes)
+    out = tmp_path / "out"
+    run_merge(MergeRecipe(method="cross", text=text, image=image, out=out, dtype="float32", cross={"tables": "shared"}))
+    merged, name = load_file(out / WEIGHTS), "model.decoder.embed_tokens.weight"
+    ours, theirs = load_file(text / WEIGHTS)[name], load_file(image / WEIGHTS)[name]
+    table, into = merged["shared.embed.weight"], merged["shared.image_in.weight"]
+    shared = [0, 1, 2, *range(8, 288)]
+    assert np.array_equal(table[shared], ours[shared])
+    image_only = [*range(3, 8), *range(288, 304)]
+    assert np.allclose(table[image_only] @ into.T, theirs[image_only], atol=1e-4)
+    width = theirs.shape[1]
+    assert np.array_equal(merged["shared.project.weight"], np.eye(32, 32 + width))
+    assert not any("embed_tokens" in tensor for tensor in merged)
+
+
+def test_equal_tables_share_an_identity(tmp_path: Path):
+    _, image = tiny_pair(tmp_path)
+    out = tmp_path / "out"
+    recipe = MergeRecipe(method="cross", text=image, image=image, out=out, dtype="float32", cross={"tables": "shared"})
+    run_merge(recipe)
+    assert np.allclose(load_file(out / WEIGHTS)["shared.image_in.weight"], np.eye(32), atol=1e-6)
+
+
+def test_too_few_layers_for_an_exchange(tmp_path: Path):
+    text, image = tiny_pair(tmp_path)
+    recipe = MergeRecipe(method="cross", text=text, image=image, out=tmp_path / "out", cross={"every": 5})
+    with pytest.raises(MergeError, match=r"cross\.every is 5 but the shallower tower has 4 layers"):
+        run_merge(recipe)
