@@ -13,15 +13,12 @@ from merge.plan import Copy, Job, Parent, Plan, Rule, joint_jam_file, single_tab
 from merge.recipe import MergeRecipe
 from merge.rows import Table, describe, disagreement, owned
 
-BOTH, TEXT, IMAGE = 0, 1, 2  # where a uniform row comes from
-LABELS = ("averaged", "text row", "image row")
-
 
 def mean(first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
     """``weight * first + (1 - weight) * second`` in float32; equal entries stay bit-equal under any weight.
 
-    >>> mean(np.float32([1.0, 3.0]), np.float32([3.0, 3.0]), 0.3).tolist()
-    [2.4000000953674316, 3.0]
+    >>> mean(np.float32([1.0, 3.0]), np.float32([3.0, 3.0]), 0.25).tolist()
+    [2.5, 3.0]
     """
     if weight in (0.0, 1.0):
         return first if weight else second
@@ -50,11 +47,11 @@ class Average:
 
 @dataclass(frozen=True)
 class AverageRows:
-    """A table whose rows are averaged or copied by ``origin`` uint8 [V]: BOTH, TEXT or IMAGE."""
+    """A table whose rows are averaged, or copied from the image parent where ``image_alone`` bool [V] says so."""
 
     text: Table
     image: Table
-    origin: np.ndarray
+    image_alone: np.ndarray
     weight: float
 
     @property
@@ -62,20 +59,17 @@ class AverageRows:
         return f"rows averaged or copied from text {self.text.tensor} and image {self.image.tensor}"
 
     def rows(self, block: slice) -> np.ndarray:
-        origin = self.origin[block][:, None]
-        # a row that one parent lacks reads as that parent's mean row and is then not used
+        # a row that the text parent lacks reads as its mean row and is then not used
         text, image = self.text.read(block), self.image.read(block)
-        return np.where(origin == BOTH, mean(text, image, self.weight), np.where(origin == TEXT, text, image))
+        return np.where(self.image_alone[block][:, None], image, mean(text, image, self.weight))
 
 
-def origins(text: Parent, image: Parent) -> np.ndarray:
-    """uint8 [V]: BOTH, TEXT or IMAGE per joint id; a reserved id that neither owns is averaged if both have it."""
+def image_alone(text: Parent, image: Parent) -> np.ndarray:
+    """bool [V]: ids that the image parent alone knows or has. The joint vocabulary is the image parent's, so none is
+    the text parent's alone; a reserved id that neither owns is averaged if both have it."""
     size = image.vocabulary.size
-    ours, theirs = owned(text.vocabulary, size), owned(image.vocabulary, size)
-    result = np.full(size, BOTH, np.uint8)
-    result[~ours & (theirs | (np.arange(size) >= text.vocabulary.size))] = IMAGE
-    result[ours & ~theirs] = TEXT
-    return result
+    present = np.arange(size) < text.vocabulary.size
+    return ~owned(text.vocabulary, size) & (owned(image.vocabulary, size) | ~present)
 
 
 def single_network_obstacles(text: Parent, image: Parent) -> list[str]:
@@ -121,7 +115,7 @@ def plan(text: Parent, image: Parent, recipe: MergeRecipe) -> Plan:
     tied = text.sizes.tied and image.sizes.tied
     config = single_table_config(image, image.vocabulary, recipe.dtype, tie_word_embeddings=tied)
     config["max_position_embeddings"] = min(text.sizes.positions, image.sizes.positions)
-    sizes, origin = image.family.sizes(config), origins(text, image)
+    sizes, alone = image.family.sizes(config), image_alone(text, image)
     jobs = []
     for name, axes in image.family.tensors(config).items():
         rule: Rule
@@ -129,7 +123,7 @@ def plan(text: Parent, image: Parent, recipe: MergeRecipe) -> Plan:
             tensors = [side.head if name == HEAD else side.family.embed for side in (text, image)]
             ids = np.arange(image.vocabulary.size)
             rows = np.where(ids < text.vocabulary.size, ids, -1)
-            rule = AverageRows(Table(text, tensors[0], rows), Table(image, tensors[1], ids), origin, weight)
+            rule = AverageRows(Table(text, tensors[0], rows), Table(image, tensors[1], ids), alone, weight)
         elif weight in (0.0, 1.0):
             rule = Copy(text if weight else image, name)
         else:
@@ -148,7 +142,7 @@ def plan(text: Parent, image: Parent, recipe: MergeRecipe) -> Plan:
         "every tensor is the weighted mean of the parents, a row that one parent owns alone is that parent's; "
         "nothing of either parent's function is promised before training"
     )
-    table = describe([LABELS[value] for value in origin.tolist()])
+    table = describe(["image row" if only else "averaged" for only in alone.tolist()])
     return Plan(
         "uniform",
         tuple(jobs),

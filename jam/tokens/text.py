@@ -52,10 +52,8 @@ class TextStream:
 
     def push(self, token: int) -> str:
         self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
-        if text.endswith("\ufffd") and len(self.ids) < 8:  # an unfinished character; no character has over 4 bytes
-            return ""
-        return self._send(text)
+        # bytes that may still become a character decode to one U+FFFD at the end; all before it is final
+        return self._send(self.tokenizer.decode(self.ids).removesuffix("\ufffd"))
 
     def flush(self) -> str:
         return self._send(self.tokenizer.decode(self.ids)) if self.ids else ""

@@ -43,17 +43,15 @@ def reply(out: Path) -> list[dict]:
     return json.loads((out / "out.json").read_text())
 
 
-def test_generate_writes_text_and_images_in_order(fused: Path, tmp_path: Path) -> None:
-    """Through a fresh process, as a user runs it."""
+def test_generate_writes_images_in_order(fused: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "reply"
-    command = [sys.executable, "-m", "jam.cli", "generate", str(fused), "--prompt", "draw a cat", "--out", str(out)]
-    done = subprocess.run([*command, "--mode", "image", "--max-images", "2", *SHORT], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    arguments = ["--out", str(out), "--mode", "image", "--max-images", "2", *SHORT]
+    assert main(["generate", str(fused), "--prompt", "draw a cat", *arguments]) == 0
     entries = reply(out)
     assert [entry["type"] for entry in entries] in (["image"], ["image", "image"])
     assert {path.name for path in out.iterdir()} == {"out.json", *(entry["path"] for entry in entries)}
     assert open_image(out / "image-0.png").size == (8, 8)
-    assert "out.json" in done.stdout
+    assert f"{out / 'out.json'}: 0 texts, {len(entries)} images" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [out]
 
 

@@ -44,13 +44,14 @@ def command(pair: tuple[Path, Path], out: Path, method: str, *more: str) -> list
 @pytest.mark.parametrize("method", METHODS)
 def test_merges_and_leaves_the_recipe_that_makes_it_again(tmp_path: Path, pair: tuple[Path, Path], method: str):
     out = tmp_path / "out"
+    (pair[0] / "chat_template.jinja").write_text("{{ messages }}")
     assert main(command(pair, out, method, "seed=4")) == 0
     assert main(["merge", str(out / "merge.yaml"), f"out={tmp_path / 'again'}"]) == 0
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (out / WEIGHTS).read_bytes()
     recipe = load_recipe(out / "merge.yaml", MergeRecipe)
     assert (recipe.method, recipe.seed, recipe.dtype) == (method, 4, "bfloat16")
     names = {"config.json", "generation_config.json", "jam.json", "merge.yaml", "report.json", "README.md", WEIGHTS}
-    assert names | {"tokenizer.json", "tokenizer_config.json", "image_tokenizer"} == {
+    assert names | {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "image_tokenizer"} == {
         file.name for file in out.iterdir()
     }
 

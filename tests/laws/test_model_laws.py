@@ -230,17 +230,17 @@ def test_caches_equal_no_cache(gated: dict, name: str, kind: str, form: str) -> 
     torch.testing.assert_close(torch.cat(parts, 1)[real], expected[real], **tolerance)
 
 
-@pytest.mark.parametrize("name", ["opt", "unequal"])
 @torch.no_grad()
-def test_one_compiled_step_serves_every_position(gated: dict, name: str) -> None:
-    """The whole step is one graph (traced without a compiler: what is tested is that it can be traced)."""
-    bundle = using(gated[name], "sdpa")
-    ids = ids_of(bundle)[:, :14]
+def test_one_compiled_step_serves_every_position(tmp_path: Path) -> None:
+    """The whole step is one graph (traced without a compiler, on few layers: tracing is what takes time)."""
+    pair = tiny_pair(tmp_path, text_family="llama", text_num_hidden_layers=2, image_num_hidden_layers=2)
+    bundle = load_bundle(tiny_cross(tmp_path / "fused", *pair, gate=0.5), torch.float64)
+    ids = ids_of(bundle)[:, :11]
     heads = next_heads(ids, bundle.vocabulary)
     step = torch.compile(bundle.model.forward, backend="eager", fullgraph=True)
     cache = StaticCache(config=bundle.model.config, max_cache_len=16)
     parts = []
-    for at in range(14):
+    for at in range(11):
         parts.append(
             step(
                 input_ids=ids[:, at : at + 1],
@@ -251,7 +251,7 @@ def test_one_compiled_step_serves_every_position(gated: dict, name: str) -> None
                 use_cache=True,
             ).logits
         )
-    torch.testing.assert_close(torch.cat(parts, 1), scores(bundle, ids), **NUMERIC if name == "opt" else ROUNDED)
+    torch.testing.assert_close(torch.cat(parts, 1), scores(bundle, ids), **ROUNDED)
 
 
 @torch.no_grad()

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
+from finetune.cm3 import draw_spans, mask_spans, segment_bounds
 from jam.models.heads import allowed_ids, next_heads, restrict
 from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD, render
 from jam.tokens.text import TextTokenizer
@@ -33,6 +35,10 @@ def heads(ids: list[int], vocabulary: Vocabulary = VOCABULARY) -> str:
         ([BOS, BREAK, CODE, MASK, BREAK, WORD], "tiiitt"),  # at its end: the <break> still closes
         ([BOS, BREAK, CODE, BREAK, MASK, EOS], "tiittt"),  # <mask> for text after an image
         ([BOS, BREAK, CODE, MASK, MASK, BREAK, WORD], "tiiiitt"),
+        ([BOS, BREAK, MASK, BREAK, WORD], "tiitt"),  # a whole image masked: the second <break> closes
+        ([BOS, BREAK, CODE, BREAK, MASK, BREAK, CODE, BREAK], "tiittiit"),  # the text between two images masked
+        ([BOS, MASK, BREAK, MASK, BREAK, INFILL, WORD, INFILL, CODE, EOS], "ttiitttiit"),  # <infill> follows its <mask>
+        ([BOS, BREAK, MASK, BREAK, INFILL, CODE, EOS, BOS, MASK, INFILL, WORD], "tiitiitttt" + "t"),  # per document
         ([PAD, PAD, BOS, WORD, BREAK, CODE], "ttttii"),
         ([MASK, CODE, BREAK], "tit"),  # a stream may start anywhere
     ],
@@ -67,6 +73,23 @@ def test_the_rule_is_the_writers() -> None:
         read = next_heads(torch.from_numpy(tokens.ids).long()[None], VOCABULARY)[0]
         assert read[:-1].tolist() == tokens.heads[1:].tolist()
         assert read.sum() == images * (CODES_PER_IMAGE + 1)
+
+
+def test_the_rule_is_the_cm3_transforms() -> None:
+    """Spans moved behind the document, whole segments and codes among them, in one packed row."""
+    text = TextTokenizer(tiny_tokenizer())
+    generator = np.random.default_rng(0)
+    rows, masked_images = [], 0
+    for seed in range(60):
+        tokens = render(tiny_document(seed, seed % 4), VOCABULARY, text)
+        spans = segment_bounds(tokens)[:: 1 + seed % 3] if seed % 5 == 0 else draw_spans(tokens, 3, generator)
+        masked_images += sum(bool(tokens.heads[start]) for start, _ in spans)
+        rows.append(mask_spans(tokens, spans, VOCABULARY))
+    assert masked_images > 20
+    ids, stated = (np.concatenate([getattr(row, name) for row in rows]) for name in ("ids", "heads"))
+    read = next_heads(torch.from_numpy(ids).long()[None], VOCABULARY)[0].numpy()
+    inside = ids[1:] != BOS  # the first token of a document is never predicted
+    assert (read[:-1] == stated[1:])[inside].all()
 
 
 def test_what_each_head_may_say() -> None:

@@ -1,0 +1,65 @@
+"""Put trained mini weights where the package ships them, with the log of their training beside them.
+
+    python recipes/mini/ship.py parent --run runs/mini-text --name text
+    python recipes/mini/ship.py parent --run runs/mini-image --name image --vq-log runs/vq/log.jsonl
+    python recipes/mini/ship.py chat --merged runs/mini-cross --run runs/mini-chat
+
+A parent is a whole folder. The chat model is the merge's recipe and the trained difference to it: the parents that it
+repeats are shipped already.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from jam.assets import CHAT, MINI
+from jam.difference import write_difference
+
+KEPT = (
+    "config.json",
+    "generation_config.json",
+    "jam.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+
+
+def ship_parent(run: Path, out: Path, vq_log: Path | None) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        shutil.copyfile(run / "final" / name, out / name)
+    shutil.copyfile(run / "log.jsonl", out / "log.jsonl")
+    if (run / "final/image_tokenizer").is_dir():
+        shutil.copytree(run / "final/image_tokenizer", out / "image_tokenizer", dirs_exist_ok=True)
+    if vq_log:
+        shutil.copyfile(vq_log, out / "image_tokenizer/log.jsonl")
+
+
+def ship_chat(merged: Path, run: Path) -> None:
+    CHAT.mkdir(parents=True, exist_ok=True)
+    record = write_difference(merged, run / "final", CHAT / "difference.safetensors")
+    (CHAT / "merge.yaml").write_text("kind: merge\nmethod: cross\nout: chat\n")
+    shutil.copyfile(run / "log.jsonl", CHAT / "log.jsonl")
+    print(record)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    parent = verbs.add_parser("parent")
+    parent.add_argument("--run", type=Path, required=True)
+    parent.add_argument("--name", choices=("text", "image"), required=True)
+    parent.add_argument("--vq-log", type=Path)
+    chat = verbs.add_parser("chat")
+    chat.add_argument("--merged", type=Path, required=True)
+    chat.add_argument("--run", type=Path, required=True)
+    args = parser.parse_args()
+    if args.verb == "parent":
+        ship_parent(args.run, MINI / args.name, args.vq_log)
+    else:
+        ship_chat(args.merged, args.run)
+
+
+if __name__ == "__main__":
+    main()
