@@ -129,6 +129,10 @@ class TrainSection(Section):
         8, ge=1, description="sequences in one optimizer step, a multiple of the micro batch"
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of forward and backward passes")
+    attention: Literal["auto", "sdpa", "eager"] = Field(
+        "auto",
+        description="kernel of masked attention: on a CPU the plain one beats sdpa on short sequences (auto: to 512)",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; null leaves them to torch")
     random_offset: bool = Field(
         True, description="draw a start position per document, so that all positions are trained"

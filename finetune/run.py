@@ -25,7 +25,7 @@ from finetune.order import PackedSource, Plan
 from finetune.recipe import FinetuneRecipe
 from finetune.sources import open_source
 from jam.errors import RunError
-from jam.models.load import Bundle, load_bundle
+from jam.models.load import Bundle, load_bundle, quiet_transformers
 from jam.plot import loss_curves
 from jam.recipe import dump_recipe
 
@@ -113,6 +113,13 @@ def total_steps(recipe: FinetuneRecipe) -> int:
     return max(1, round(recipe.train.tokens / (recipe.train.global_batch_size * recipe.data.seq_len)))
 
 
+def choose_attention(recipe: FinetuneRecipe, cuda: bool) -> str:
+    """The kernel that ``train.attention`` names; under ``auto`` by what was measured (docs/log.md, training)."""
+    if recipe.train.attention != "auto":
+        return recipe.train.attention
+    return "eager" if not cuda and recipe.data.seq_len <= 512 else "sdpa"
+
+
 def _context(bundle: Bundle, recipe: FinetuneRecipe) -> int:
     context = bundle.model.config.max_position_embeddings
     if recipe.data.seq_len > context:
@@ -179,7 +186,8 @@ def _write_final(run: Path, bundle: Bundle, recipe: FinetuneRecipe) -> Path:
             name: cast.setdefault(tensor.data_ptr(), tensor.detach().to(dtype))
             for name, tensor in bundle.model.state_dict().items()
         }
-        bundle.model.save_pretrained(temporary, state_dict=state)
+        with quiet_transformers():
+            bundle.model.save_pretrained(temporary, state_dict=state)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # training changed no setting
         (temporary / "finetune.yaml").write_text(dump_recipe(recipe))
         shutil.rmtree(final, ignore_errors=True)
@@ -235,6 +243,7 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
     with run_lock(run):
         checkpoint.remove_stale(run)
         bundle = load_bundle(Path(recipe.model), dtype=torch.float32)
+        bundle.model.set_attn_implementation(choose_attention(recipe, torch.cuda.is_available()))
         context = _context(bundle, recipe)
         _prepare(run, recipe, source)
         opened = [open_source(name, entry, bundle, reporter.stage) for name, entry in recipe.data.mix.items()]

@@ -251,11 +251,8 @@ def run_demo(out: Path, quick: bool = False) -> None:
         RunError: the folder holds something else, or the run was interrupted.
         JamError: whatever a step refuses.
     """
-    from transformers.utils.logging import disable_progress_bar
-
     from jam.default import default_model
 
-    disable_progress_bar()  # the demo draws its own
     settings = settings_for(assets.TEXT_PARENT, assets.IMAGE_PARENT, quick)
     console = Console(stderr=True)
     open_folder(out, settings)

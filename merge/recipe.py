@@ -41,14 +41,6 @@ class CrossSection(Section):
     init_std: float = Field(0.02, gt=0.0, description="standard deviation of the new cross blocks' weights")
 
 
-class RowsSection(Section):
-    """Vocabulary rows that neither copying nor transplanting can fill."""
-
-    allow_new: Literal["mean"] | None = Field(
-        None, description="how to start rows that have no source: null refuses the merge, mean takes the mean row"
-    )
-
-
 class MergeRecipe(Recipe):
     """Fuse a text model and an image model into one checkpoint folder. Paths are relative to the working directory."""
 
@@ -82,7 +74,6 @@ class MergeRecipe(Recipe):
     uniform: UniformSection = Field(UniformSection(), description="choices of the uniform method")
     width: WidthSection = Field(WidthSection(), description="choices of the width method")
     cross: CrossSection = Field(CrossSection(), description="choices of the cross method")
-    rows: RowsSection = Field(RowsSection(), description="vocabulary rows without a source")
 
     @model_validator(mode="after")
     def _no_ignored_section(self) -> "MergeRecipe":

@@ -157,7 +157,7 @@ def load_model(path: Path, config: dict, dtype: torch.dtype = torch.float32) -> 
             "point to another checkpoint"
         )
     try:
-        with _quiet():
+        with quiet_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=dtype,
@@ -188,7 +188,7 @@ def load_model(path: Path, config: dict, dtype: torch.dtype = torch.float32) -> 
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without transformers' bars and load report: what is wrong is raised as one line."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

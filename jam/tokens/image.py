@@ -5,6 +5,7 @@ decoded (``MAX_PIXELS`` bounds memory: 32 Mpx decode to about 100 MB).
 """
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,9 @@ def open_image(source: Path | bytes, name: str | None = None) -> Pil.Image:
             raise DataError(f"{name}: {source.stat().st_size} bytes, at most {MAX_BYTES} are read; shrink the image")
         source = source.read_bytes()
     try:
-        image = Pil.open(io.BytesIO(source), formats=FORMATS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Pil.DecompressionBombWarning)  # our own, lower limits follow
+            image = Pil.open(io.BytesIO(source), formats=FORMATS)
         width, height = image.size
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
             raise DataError(

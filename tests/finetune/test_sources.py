@@ -1,0 +1,118 @@
+"""Users' files as sources: what they become, and what is said of bad lines and bad images."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune.recipe import Source as SourceRecipe
+from finetune.sources import open_source, pieces
+from jam.document import CodesPart, TextPart
+from jam.errors import DataError
+from jam.models.load import Bundle, load_bundle
+from tests.tiny import CODES_PER_IMAGE, tiny_pair
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Bundle:
+    return load_bundle(tiny_pair(tmp_path_factory.mktemp("pair"))[1])
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAM_CACHE", str(tmp_path / "cache"))
+
+
+def write(path: Path, rows: list) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def source(kind: str, path: Path, bundle: Bundle, **extra):
+    return open_source("mine", SourceRecipe(kind=kind, path=str(path), weight=1.0, **extra), bundle)
+
+
+def picture(path: Path, size=(20, 12), colour="red") -> str:
+    Image.new("RGB", size, colour).save(path)
+    return path.name
+
+
+def test_captions_and_conversations_become_documents_with_codes(tmp_path, bundle):
+    name = picture(tmp_path / "a.png")
+    captions = source("captions", write(tmp_path / "c.jsonl", [{"image": name, "caption": "a red thing"}]), bundle)
+    text, codes = captions.make(0, 0.0).parts
+    assert text == TextPart("a red thing") and len(codes.codes) == CODES_PER_IMAGE
+    turns = [
+        {"role": "user", "content": [{"type": "image", "path": name}, {"type": "text", "text": "What is this?"}]},
+        {"role": "assistant", "content": "red"},
+    ]
+    chat = source("conversations", write(tmp_path / "d.jsonl", [{"messages": turns}]), bundle)
+    parts = chat.make(0, 0.0).parts
+    assert [type(p) for p in parts] == [CodesPart, TextPart, TextPart]
+    assert parts[0].codes == codes.codes and [p.loss for p in parts] == [0.0, 0.0, 1.0]
+
+
+def test_all_bad_lines_are_reported_with_file_and_line(tmp_path, bundle):
+    rows = [{"text": "good"}, "{not json", {"txt": "misspelt"}, {"text": 3}, "[1, 2]"]
+    path = write(tmp_path / "t.jsonl", rows)
+    with pytest.raises(DataError) as caught:
+        source("text", path, bundle)
+    lines = str(caught.value).split("\n")
+    assert [line.split(":")[1] for line in lines] == ["2", "3", "4", "5"]
+    assert all(line.startswith(str(path)) for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["missing", "broken", "huge", "animated", "not an image"])
+def test_a_bad_image_is_named_with_its_line(tmp_path, bundle, kind):
+    path = tmp_path / "bad.png"
+    if kind == "broken":
+        picture(path, (60, 60))
+        path.write_bytes(path.read_bytes()[:60])
+    elif kind == "huge":
+        Image.new("1", (13_000, 13_000)).save(path)
+    elif kind == "animated":
+        path = tmp_path / "bad.webp"
+        frames = [Image.new("RGB", (9, 9), c) for c in ("red", "blue")]
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+    elif kind == "not an image":
+        path.write_text("hello")
+    good = {"image": picture(tmp_path / "good.png"), "caption": "fine"}
+    rows = write(tmp_path / "c.jsonl", [good, {"image": path.name, "caption": "bad"}])
+    with pytest.raises(DataError, match=rf"c\.jsonl:2: .*{path.name}: ") as caught:
+        source("captions", rows, bundle)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_empty_files_are_refused(tmp_path, bundle):
+    with pytest.raises(DataError, match="no such data file"):
+        source("text", tmp_path / "none.jsonl", bundle)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="no documents"):
+        source("text", tmp_path / "empty.jsonl", bundle)
+
+
+def test_a_long_text_is_cut_without_losing_a_token(tmp_path, bundle):
+    words = " ".join(f"word{number}" for number in range(80))
+    long = source("text", write(tmp_path / "t.jsonl", [{"text": words}]), bundle)
+    whole = pieces(long, bundle, 0, 0.0, 10_000)[0]
+    parts = pieces(long, bundle, 0, 0.0, 64)
+    assert len(parts) > 3 and all(len(p) <= 64 for p in parts)
+    assert np.array_equal(np.concatenate([p.ids[1:] for p in parts]), whole.ids[1:])
+    assert all(p.ids[0] == bundle.vocabulary.controls["bos"] for p in parts)
+
+
+def test_a_document_with_an_image_is_never_cut(tmp_path, bundle):
+    rows = [{"image": picture(tmp_path / "a.png"), "caption": "word " * 60}]
+    long = source("captions", write(tmp_path / "c.jsonl", rows), bundle)
+    with pytest.raises(DataError, match=r"document 0 has \d+ tokens .* raise data\.seq_len"):
+        pieces(long, bundle, 0, 0.0, 32)
+
+
+def test_loss_weights_of_a_source_apply_by_modality(tmp_path, bundle):
+    rows = write(tmp_path / "c.jsonl", [{"image": picture(tmp_path / "a.png"), "caption": "x"}])
+    halved = source("captions", rows, bundle, loss={"text": 0.5, "image": 2.0})
+    tokens = pieces(halved, bundle, 0, 0.0, 64)[0]
+    assert set(tokens.weights[1:][tokens.heads[1:] == 0]) == {0.5}
+    assert set(tokens.weights[tokens.heads == 1]) == {2.0}
