@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/jam demo
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
