@@ -15,6 +15,7 @@ from finetune.cm3 import transform
 from finetune.pack import Placed, Sequence, best_fit
 from finetune.recipe import FinetuneRecipe
 from finetune.sources import Source, keyed, pieces
+from jam.errors import DataError
 from jam.models.load import Bundle
 
 BLOCK = 100  # sequences over which the shares of the mix are exact
@@ -95,7 +96,11 @@ class PackedSource:
 
 @dataclass
 class Plan:
-    """The whole mix: ``sequence(t)`` for any t, in any order of asking."""
+    """The whole mix: ``sequence(t)`` for any t, in any order of asking.
+
+    Raises:
+        DataError: a source whose weight is too small to get one sequence of a block.
+    """
 
     sources: list[PackedSource]
     weights: list[float]
@@ -103,6 +108,12 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.quota = quotas(self.weights, BLOCK)
+        unused = [s.source.name for s, count in zip(self.sources, self.quota, strict=True) if not count]
+        if unused:
+            raise DataError(
+                f"data.mix.{unused[0]}: its share of the mix rounds to 0 of {BLOCK} sequences and it would never be "
+                "read; raise its weight or remove it"
+            )
 
     def owner(self, t: int) -> tuple[int, int]:
         """Source of sequence t and its number within that source."""

@@ -25,6 +25,7 @@ from finetune.order import PackedSource, Plan
 from finetune.recipe import FinetuneRecipe
 from finetune.sources import open_source
 from jam.errors import RunError
+from jam.memory import keep_freed_memory
 from jam.models.load import Bundle, load_bundle, quiet_transformers
 from jam.plot import loss_curves
 from jam.recipe import dump_recipe
@@ -134,7 +135,7 @@ def _resume(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Repor
         if recipe.resume == "must":
             raise RunError(f"resume: must, but {run} holds no usable checkpoint; use resume: auto to start afresh")
         if recipe.resume == "auto" and checkpoint.listed(run):
-            raise RunError(f"{run} holds checkpoints, but none verifies; move them away, or set resume: never")
+            raise RunError(f"{run} holds checkpoints, but none verifies; move them away or choose another output_dir")
         if recipe.resume == "never" and checkpoint.listed(run):
             raise RunError(f"resume: never, but {run} holds checkpoints; move them away or choose another output_dir")
         return
@@ -217,8 +218,9 @@ def _trim_log(run: Path, step: int) -> None:
 
 def _prepare(run: Path, recipe: FinetuneRecipe, source: Path | None) -> None:
     (run / "recipe.resolved.yaml").write_text(dump_recipe(recipe))
-    if source is not None:
-        shutil.copyfile(source, run / "recipe.source.yaml")
+    kept = run / "recipe.source.yaml"
+    if source is not None and source.resolve() != kept.resolve():  # a run may be repeated from its own record
+        shutil.copyfile(source, kept)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "numpy")}
     (run / "env.json").write_text(
         json.dumps({"versions": versions, "threads": torch.get_num_threads()}, indent=2) + "\n"
@@ -238,6 +240,7 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
     """
     reporter = reporter or Reporter()
     run = Path(recipe.output_dir)
+    keep_freed_memory()
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     with run_lock(run):
@@ -245,7 +248,6 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
         bundle = load_bundle(Path(recipe.model), dtype=torch.float32)
         bundle.model.set_attn_implementation(choose_attention(recipe, torch.cuda.is_available()))
         context = _context(bundle, recipe)
-        _prepare(run, recipe, source)
         opened = [open_source(name, entry, bundle, reporter.stage) for name, entry in recipe.data.mix.items()]
         packed = [PackedSource(s, number, bundle, recipe, context) for number, s in enumerate(opened)]
         plan = Plan(packed, [entry.weight for entry in recipe.data.mix.values()], recipe.data.seed)
@@ -253,6 +255,7 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
         accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
         trainer = Trainer(bundle, plan, recipe, accelerator, total_steps(recipe))
         _resume(run, recipe, trainer, reporter)
+        _prepare(run, recipe, source)  # not before: a refused run must not replace the record of the one that is there
         _trim_log(run, trainer.step)
         return _train(run, recipe, trainer, reporter)
 

@@ -7,6 +7,7 @@ varies between epochs (the wording of a caption) is drawn from a generator keyed
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from jam.document import CodesPart, Document, ImagePart, TextPart, from_messages
 from jam.errors import DataError
 from jam.models.load import Bundle
 from jam.tokens.image import ImageTokenizer, open_image
-from jam.tokens.render import Tokens, render
+from jam.tokens.render import IMAGE_HEAD, Tokens, render
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -66,7 +67,7 @@ def encode_cached(
         if progress:
             progress("tokenising images", min(at + 64, len(keys)), len(keys))
     codes = np.concatenate(chunks) if chunks else np.zeros((0, tokenizer.codes_per_image), np.uint16)
-    temporary = path.with_suffix(f".tmp-{hashlib.sha256(str(id(codes)).encode()).hexdigest()[:8]}.npy")
+    temporary = path.with_suffix(f".tmp-{os.getpid()}.npy")
     np.save(temporary, codes)
     temporary.replace(path)
     return codes
@@ -166,12 +167,22 @@ def _file_source(recipe: SourceRecipe, bundle: Bundle, name: str, progress: Prog
     if recipe.kind == "text":
         return _text_source(tuple(_read_lines(path, lambda row: _field(row, "text"))))
     if recipe.kind == "captions":
-        pairs = _read_lines(path, lambda row: (_field(row, "caption"), open_image(root / _field(row, "image"))))
+        tokenizer = _image_tokenizer(bundle, name)
+
+        def pair(row: dict) -> tuple[str, Image.Image]:
+            return _field(row, "caption"), tokenizer.fit(open_image(root / _field(row, "image")))
+
+        pairs = _read_lines(path, pair)  # at the tokenizer's size: photographs as they are would fill the memory
         keys = [hashlib.sha256(image.tobytes()).hexdigest() for _, image in pairs]
-        codes = encode_cached(_image_tokenizer(bundle, name), keys, lambda i: pairs[i][1], progress)
+        codes = encode_cached(tokenizer, keys, lambda i: pairs[i][1], progress)
         return len(pairs), lambda index, draw: _caption_document(pairs[index][0], codes[index], False)
     if recipe.kind == "conversations":
-        documents = _read_lines(path, lambda row: from_messages(row.get("messages"), lambda p: open_image(root / p)))
+
+        def opened(file: str) -> Image.Image:
+            image = open_image(root / file)
+            return image if bundle.image is None else bundle.image.fit(image)
+
+        documents = _read_lines(path, lambda row: from_messages(row.get("messages"), opened))
         images = [part.image for d in documents for part in d.parts if isinstance(part, ImagePart)]
         keys = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
         codes = iter(
@@ -211,11 +222,11 @@ def pieces(source: Source, bundle: Bundle, index: int, draw: float, seq_len: int
         DataError: a document with images is longer than ``seq_len``.
     """
     tokens = render(source.make(index, draw), bundle.vocabulary, bundle.text)
-    weights = tokens.weights * np.where(tokens.heads == 1, source.loss_image, source.loss_text).astype(np.float32)
-    tokens = Tokens(tokens.ids, tokens.heads, weights, tokens.segments)
+    factors = np.where(tokens.heads == IMAGE_HEAD, source.loss_image, source.loss_text).astype(np.float32)
+    tokens = Tokens(tokens.ids, tokens.heads, tokens.weights * factors, tokens.segments)
     if len(tokens) <= seq_len:
         return [tokens]
-    if (tokens.heads == 1).any():
+    if (tokens.heads == IMAGE_HEAD).any():
         raise DataError(
             f"data.mix.{source.name}: document {index} has {len(tokens)} tokens with its images; "
             f"data.seq_len {seq_len} must hold it whole, raise data.seq_len"

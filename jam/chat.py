@@ -255,7 +255,7 @@ class _Screen:
 def run_chat(
     path: Path | None = None,
     *,
-    out: Path = Path("jam-chat"),
+    out: Path,
     images_inline: bool = True,
     **options: float | str | None,
 ) -> None:

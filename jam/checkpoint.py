@@ -140,7 +140,7 @@ def read_json(path: Path) -> dict:
     return raw
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write JSON so that the file of that name is always whole: a temporary sibling, fsync, rename."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:

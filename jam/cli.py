@@ -9,6 +9,7 @@ Exit codes: 0 done; 2 an error that the user can mend, said in one line without 
 
 import errno
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -141,7 +142,9 @@ def chat(
     image_temperature: ImageTemperature = None,
     image_top_p: ImageTopP = None,
     guidance_scale: Guidance = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the images; default: a new one.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Images and saved conversations go to a new folder in it, chat-<time>.")
+    ] = Path("jam-chat"),
     images_inline: Annotated[
         bool, typer.Option("--images-inline/--no-images-inline", help="Draw images in the terminal.")
     ] = True,
@@ -286,9 +289,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    try:
+    # OpenMP threads spin at barriers by default: beside one other busy process two torch threads become many times
+    slower # than one. Read when torch loads its runtime, so it must stand here; it costs nothing on an idle machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "0") arguments = list(sys.argv[1:] if argv is None else argv) debug =
+    "--debug" in arguments try:
         app([argument for argument in arguments if argument != "--debug"], prog_name="jam")
     except SystemExit as exit_:  # typer always ends so, also after its own usage errors (2) and Ctrl+C (130)
         return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)

@@ -7,7 +7,6 @@ terminal, a line a step is printed instead.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jam import __version__
+from jam import __version__, checkpoint
 from jam.errors import RunError
 
 METHODS = ("uniform", "width", "cross")
@@ -50,11 +49,9 @@ class Settings:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes a file that appears whole."""
+    """Writes a file that appears whole, and its folder where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    checkpoint.write_json(path, value)
 
 
 def read_json(path: Path):

@@ -6,7 +6,7 @@ control tokens.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from PIL.Image import Image
@@ -91,8 +91,3 @@ def from_messages(messages: object, open_image: Callable[[str], Image | tuple[in
                 case _:
                     raise DataError(f"{where}.content[{index}]: expected {{type: text, text}} or {{type: image, path}}")
     return Document(tuple(parts))
-
-
-def without_loss(document: Document) -> Document:
-    """The same document as pure context."""
-    return Document(tuple(replace(part, loss=0.0) for part in document.parts))

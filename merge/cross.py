@@ -1,8 +1,9 @@
-"""Cross merge: both towers whole, joined by gated cross-attention in both directions (JAM-Cross, arXiv 2309.15564).
+"""Cross merge: both towers whole, joined by cross-attention in both directions (JAM-Cross, arXiv 2309.15564).
 
 Every ``every`` layers of the shallower tower, the towers exchange states through one block per direction; layers are
-paired in proportion, so depths and widths may differ. Each block ends in one scalar gate that starts at zero: until it
-is trained, each tower is its parent. All other new weights are normal, keyed by (seed, tensor name).
+paired in proportion, so depths and widths may differ. Each block ends in one scalar gate (ours, after Flamingo) that
+starts at zero: until it is trained, each tower is its parent. All other new weights are normal, keyed by (seed, tensor
+name).
 
 ``tables: separate`` (default): a table and a head per tower. ``tables: shared``: the paper's one table and one head
 over both towers' final states; the table has the text tower's width, and the image tower reads it through a linear

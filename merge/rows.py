@@ -17,7 +17,7 @@ import numpy as np
 from jam.checkpoint import row_blocks
 from jam.errors import CheckpointError
 from jam.tokens.text import TextTokenizer
-from jam.tokens.vocabulary import CONTROL, Vocabulary
+from jam.tokens.vocabulary import CONTROL, IMAGE, Vocabulary
 from merge.plan import Parent
 
 MEAN, ZERO = -1, -2  # in a row map, beside the parent's row numbers
@@ -68,7 +68,7 @@ def _differing_ids(text: Parent, image: Parent) -> list[int]:
         for side in (text, image)
     )
     kinds = text.vocabulary.kinds()
-    ids = np.flatnonzero(owned(text.vocabulary, text.vocabulary.size) & (kinds <= 1)).tolist()
+    ids = np.flatnonzero(owned(text.vocabulary, text.vocabulary.size) & (kinds != IMAGE)).tolist()
     return [index for index in ids if ours.get(index) != theirs.get(index)]
 
 

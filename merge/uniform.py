@@ -11,7 +11,7 @@ import numpy as np
 from jam.models.families import HEAD, rope
 from merge.plan import Copy, Job, Parent, Plan, Rule, joint_jam_file, single_table_config
 from merge.recipe import MergeRecipe
-from merge.rows import Table, describe, disagreement, owned
+from merge.rows import MEAN, Table, describe, disagreement, owned
 
 
 def mean(first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
@@ -122,7 +122,7 @@ def plan(text: Parent, image: Parent, recipe: MergeRecipe) -> Plan:
         if axes[0] == "vocab":
             tensors = [side.head if name == HEAD else side.family.embed for side in (text, image)]
             ids = np.arange(image.vocabulary.size)
-            rows = np.where(ids < text.vocabulary.size, ids, -1)
+            rows = np.where(ids < text.vocabulary.size, ids, MEAN)
             rule = AverageRows(Table(text, tensors[0], rows), Table(image, tensors[1], ids), alone, weight)
         elif weight in (0.0, 1.0):
             rule = Copy(text if weight else image, name)

@@ -105,7 +105,7 @@ def cfg(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
 
 
 def cd_k(p_exp: Tensor, p_ama: Tensor, alpha: float, k: int) -> Tensor:
-    """Contrastive decoding with a k-th-best threshold, CD-K (CM3Leon, arXiv 2309.02591, section 3.1, equations 4-6).
+    """Contrastive decoding with a k-th-best threshold, CD-K (CM3Leon, arXiv 2309.02591, section 3.1).
 
     ``log(p_exp / p_ama)`` on the ids whose expert probability reaches ``alpha`` times the k-th largest, ``-inf``
     elsewhere. k = 1 is contrastive decoding (Li et al., arXiv 2210.15097). The result is a row of logits.

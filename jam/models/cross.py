@@ -1,4 +1,4 @@
-"""JAM-Cross: a text LLM and an image-text model in lockstep, joined by gated cross-attention (arXiv 2309.15564, eq. 4).
+"""JAM-Cross: a text LLM and an image-text model in lockstep, joined by cross-attention both ways (arXiv 2309.15564).
 
 Stages of a forward: both towers embed the same ids -> layers run in lockstep, an exchange after each pair listed in
 ``config.exchanges`` -> both final norms -> at each position *one* head, chosen by the grammar, scores its own ids;

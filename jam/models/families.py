@@ -10,7 +10,6 @@ times head width, "kv_heads" all key/value heads times head width, "ffn" feed-fo
 """
 
 from dataclasses import dataclass
-from math import prod
 
 from jam.checkpoint import Checkpoint
 from jam.errors import CheckpointError
@@ -272,9 +271,3 @@ def check_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Axes]:
                 f"{list(shape)}; they must agree, restore the folder"
             )
     return expected
-
-
-def parameter_count(family: Family, config: dict) -> int:
-    """Parameters of a model of this configuration, tied head counted once."""
-    sizes = family.sizes(config)
-    return sum(prod(family.shape(sizes, axes)) for axes in family.tensors(config).values())

@@ -89,11 +89,14 @@ class ImageTokenizer:
     def resolution(self) -> int:
         return self.network.config.resolution
 
+    def fit(self, image: Pil.Image) -> Pil.Image:
+        """The image at S x S pixels, as the network sees it; one of that size is returned as it is."""
+        size = (self.resolution, self.resolution)
+        return image if image.size == size else ImageOps.fit(image, size, Pil.BICUBIC)
+
     def pixels(self, images: list[Pil.Image]) -> torch.Tensor:
         """RGB images of any size to float [B, 3, S, S] in [-1, 1]."""
-        side = self.resolution
-        fitted = [im if im.size == (side, side) else ImageOps.fit(im, (side, side), Pil.BICUBIC) for im in images]
-        stacked = torch.from_numpy(np.stack([np.asarray(im.convert("RGB")) for im in fitted]))
+        stacked = torch.from_numpy(np.stack([np.asarray(self.fit(image).convert("RGB")) for image in images]))
         return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def encode(self, images: list[Pil.Image], batch_size: int = 64) -> np.ndarray:

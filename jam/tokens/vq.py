@@ -1,6 +1,6 @@
 """The VQGAN image tokenizer: encoder, codebook, decoder.
 
-The network is the one of Esser et al., *Taming Transformers* (arXiv 2012.09841, section 3.1 and appendix A), which
+The network is the one of Esser et al., *Taming Transformers* (arXiv 2012.09841), which
 Gafni et al., CM3Leon, Chameleon and LVM inherit, and its parameters carry the names of that lineage
 (``encoder.down.0.block.0.norm1.weight``), so that checkpoints map without a table. Training (codebook
 updates, losses) is not here: a tokenizer at use is frozen.

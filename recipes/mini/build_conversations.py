@@ -26,9 +26,11 @@ from typing import Any
 
 from country_facts import ASKED, facts_about
 from subjects import TEXT_TOKENS, Subject, matched_subjects
-from text_tools import hash_fraction, write_rows
+from text_tools import write_rows
 from tokenizers import Tokenizer
 from wordings import ALSO, HERE, SEEN, STYLE_NOTE, THIS, UNSEEN, country_name, say
+
+from finetune.mini_data import hash_fraction
 
 IMAGE_TOKENS = 66  # 64 codes and two breaks
 CONVERSATION_TOKENS = 300

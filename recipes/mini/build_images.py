@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import io
 import json
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -25,6 +24,9 @@ from pathlib import Path
 
 import resvg_py
 from PIL import Image
+from text_tools import npm_tarball
+
+from finetune.mini_data import hash_fraction
 
 SIZE = 64
 EMOJIBASE = "emojibase-data@17.0.0"
@@ -37,23 +39,8 @@ STYLES = {
 }
 
 
-def hash_fraction(*keys: str) -> float:
-    """A number in [0, 1) that depends only on the keys."""
-    digest = hashlib.sha256("\x1f".join(keys).encode()).digest()
-    return int.from_bytes(digest[:7], "big") / 2**56
-
-
-def tarball(package: str, folder: Path) -> Path:
-    """Path of the package's tarball in ``folder``, fetched with ``npm pack`` when it is not there."""
-    name, version = package.lstrip("@").rsplit("@", 1)
-    path = folder / f"{name.replace('/', '-')}-{version}.tgz"
-    if not path.exists():
-        subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    return path
-
-
 def read_json(package: str, member: str, folder: Path):
-    with tarfile.open(tarball(package, folder)) as archive:
+    with tarfile.open(npm_tarball(package, folder)) as archive:
         return json.load(archive.extractfile(f"package/{member}"))
 
 

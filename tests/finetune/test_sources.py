@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finetune import sources
 from finetune.recipe import Source as SourceRecipe
 from finetune.sources import open_source, pieces
 from jam.document import CodesPart, TextPart
 from jam.errors import DataError
 from jam.models.load import Bundle, load_bundle
+from jam.tokens.image import open_image
 from tests.tiny import CODES_PER_IMAGE, tiny_pair
 
 
@@ -52,6 +54,25 @@ def test_captions_and_conversations_become_documents_with_codes(tmp_path, bundle
     parts = chat.make(0, 0.0).parts
     assert [type(p) for p in parts] == [CodesPart, TextPart, TextPart]
     assert parts[0].codes == codes.codes and [p.loss for p in parts] == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["captions", "conversations"])
+def test_images_wait_for_the_tokenizer_at_its_own_size(tmp_path, bundle, kind, monkeypatch):
+    """A data set's photographs were once all held as they are; a few thousand filled the memory."""
+    Image.effect_noise((300, 200), 90).convert("RGB").save(tmp_path / "b.png")
+    turns = [{"role": "assistant", "content": [{"type": "image", "path": "b.png"}]}]
+    row = {"image": "b.png", "caption": "noise"} if kind == "captions" else {"messages": turns}
+    sizes, real = [], sources.encode_cached
+
+    def spy(tokenizer, keys, open_one, progress=None):
+        sizes.extend(open_one(number).size for number in range(len(keys)))
+        return real(tokenizer, keys, open_one, progress)
+
+    monkeypatch.setattr(sources, "encode_cached", spy)
+    mine = source(kind, write(tmp_path / "c.jsonl", [row]), bundle)
+    assert sizes == [(bundle.image.resolution,) * 2]
+    (whole,) = bundle.image.encode([open_image(tmp_path / "b.png")]).tolist()
+    assert mine.make(0, 0.0).parts[-1].codes == tuple(whole)
 
 
 def test_all_bad_lines_are_reported_with_file_and_line(tmp_path, bundle):

@@ -160,6 +160,16 @@ def test_chat_piped(fused: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("drawing")
+def test_chat_without_options_puts_its_images_under_jam_chat(
+    fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards the plainest call: the command line once passed an ``--out`` that was not given on as None, a crash."""
+    monkeypatch.chdir(tmp_path)
+    assert talk(monkeypatch, ["draw"], fused) == 0
+    assert [path.name for path in tmp_path.glob("jam-chat/chat-*/*.png")] == ["image-0.png"]
+
+
+@pytest.mark.usefixtures("drawing")
 def test_chat_with_images_and_save(
     fused: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,7 +4,7 @@ from tests.kill_points import merge_kills, training_kills
 
 
 def test_a_killed_merge_leaves_nothing_that_looks_whole(tmp_path):
-    assert merge_kills(tmp_path, points=2, seed=1)["kills"] == 2
+    assert merge_kills(tmp_path, points=2, seed=1)["hit a running merge"] > 0
 
 
 def test_training_killed_while_it_writes_goes_on_from_the_last_good_step(tmp_path):

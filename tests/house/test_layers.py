@@ -7,6 +7,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS: dict[str, int] = {
     "jam/__init__": 0,
     "jam/errors": 0,
+    "jam/memory": 0,
     "jam/recipe": 0,
     "jam/recipe_tree": 0,
     "jam/assets": 0,

@@ -13,6 +13,7 @@ from finetune.pack import best_fit, collate
 from finetune.recipe import FinetuneRecipe
 from finetune.sources import keyed, open_source
 from jam.document import CodesPart, Document, TextPart
+from jam.errors import DataError
 from jam.models.load import load_bundle
 from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD, parse, render
 from jam.tokens.text import TextTokenizer
@@ -162,6 +163,13 @@ def test_shares_are_exact_in_every_block_and_sources_advance_without_gaps(tmp_pa
         assert [chosen.count(0), chosen.count(1)] == [70, 30]
     for source in (0, 1):
         assert [n for s, n in owners if s == source] == list(range(len([1 for s, _ in owners if s == source])))
+
+
+def test_a_source_too_small_for_its_block_is_refused_and_never_left_out_in_silence(tmp_path):
+    tiny_pair(tmp_path)
+    packed = plan_for(tmp_path).sources
+    with pytest.raises(DataError, match=r"data\.mix\.b: its share of the mix rounds to 0 of 100"):
+        Plan(packed, [0.998, 0.002], seed=0)
 
 
 def test_an_epoch_holds_every_document_once(tmp_path):

@@ -125,8 +125,17 @@ def test_a_changed_setting_is_refused_with_its_name(tmp_path):
     recipe, _ = train_a_little(tmp_path)
     raw = recipe.model_dump(mode="json")
     raw["optim"]["lr"] = 0.5
+    recorded = (tmp_path / "run/recipe.resolved.yaml").read_text()
     with pytest.raises(RunError, match=r"optim\.lr: was .* is 0\.5"):
         run_finetune(FinetuneRecipe.model_validate(raw))
+    assert (tmp_path / "run/recipe.resolved.yaml").read_text() == recorded  # still that of the checkpoints
+
+
+def test_a_run_can_be_repeated_from_its_own_record(tmp_path):
+    recipe, run = train_a_little(tmp_path)
+    (run / "recipe.source.yaml").write_text("kind: finetune\n")
+    run_finetune(recipe, source=run / "recipe.source.yaml")
+    assert (run / "recipe.source.yaml").read_text() == "kind: finetune\n"
 
 
 def test_two_runs_on_one_folder_are_refused(tmp_path):

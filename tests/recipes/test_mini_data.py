@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+from finetune.mini_data import read_jsonl
+
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "jam/assets/mini/data"
 TOKENIZER = ROOT / "jam/assets/mini/tokenizer"
@@ -26,7 +28,7 @@ def script(name: str):
 
 
 def rows(name: str) -> list[dict]:
-    return script("text_tools").read_rows(DATA / name)
+    return read_jsonl(DATA / name)
 
 
 @pytest.fixture(scope="module")
