@@ -169,6 +169,16 @@ def _log_line(trainer: Trainer, reports: list[StepReport], totals: torch.Tensor)
     return line
 
 
+def _model_card(bundle: Bundle, recipe: FinetuneRecipe) -> str:
+    """README.md of ``final/``: that of the model it was trained from would speak of an untrained merge."""
+    tokens = total_steps(recipe) * recipe.train.global_batch_size * recipe.data.seq_len
+    mix = ", ".join(f"{name} {entry.weight:g}" for name, entry in recipe.data.mix.items())
+    lines = ["---", "library_name: transformers", "tags: [jam]", "---", "", f"# {bundle.path.name}, trained", ""]
+    lines += [f"`{type(bundle.model).__name__}`, {tokens:,} tokens in sequences of {recipe.data.seq_len}; mix: {mix}.", ""]
+    lines += ["`finetune.yaml` is the recipe; `merge.yaml` and `report.json`, where present, are of the merge.", ""]
+    return "\n".join(lines)
+
+
 def _write_final(run: Path, bundle: Bundle, recipe: FinetuneRecipe) -> Path:
     """``final/``: weights in the parent checkpoint's dtype and every side file, appearing by rename."""
     temporary, final = run / f".final.tmp-{os.getpid()}", run / "final"
@@ -191,6 +201,7 @@ def _write_final(run: Path, bundle: Bundle, recipe: FinetuneRecipe) -> Path:
             bundle.model.save_pretrained(temporary, state_dict=state)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # training changed no setting
         (temporary / "finetune.yaml").write_text(dump_recipe(recipe))
+        (temporary / "README.md").write_text(_model_card(bundle, recipe))
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
     except Exception as error:

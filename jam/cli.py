@@ -290,9 +290,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     # OpenMP threads spin at barriers by default: beside one other busy process two torch threads become many times
-    slower # than one. Read when torch loads its runtime, so it must stand here; it costs nothing on an idle machine.
-    os.environ.setdefault("GOMP_SPINCOUNT", "0") arguments = list(sys.argv[1:] if argv is None else argv) debug =
-    "--debug" in arguments try:
+    # slower than one. Read when torch loads its runtime, so it must stand here; free on an idle machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
         app([argument for argument in arguments if argument != "--debug"], prog_name="jam")
     except SystemExit as exit_:  # typer always ends so, also after its own usage errors (2) and Ctrl+C (130)
         return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)

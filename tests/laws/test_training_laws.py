@@ -164,7 +164,11 @@ def test_a_frozen_group_does_not_move_and_the_rest_does(tmp_path):
 def test_final_folder_loads_without_jam(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    _, run = train_a_little(tmp_path)
-    shutil.rmtree(tmp_path / "image")
+    _, image = tiny_pair(tmp_path)
+    (image / "README.md").write_text("The weights are an initialisation: continue training before use.")
+    run = run_finetune(recipe_for(tmp_path)).parent
+    card = (run / "final/README.md").read_text()
+    assert "initialisation" not in card and "1,024 tokens" in card  # 4 steps of 4 sequences of 64
+    shutil.rmtree(image)
     model = AutoModelForCausalLM.from_pretrained(run / "final")
     assert model.config.vocab_size == load_bundle(run / "final").vocabulary.size
