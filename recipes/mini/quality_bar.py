@@ -30,7 +30,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from finetune import mini_data
-from finetune.sources import encode_cached
+from finetune.sources import mini_codes
 from jam.decode.engine import SamplingOptions, generate
 from jam.decode.stream import ReplyStream
 from jam.document import CodesPart, Document, TextPart
@@ -150,8 +150,7 @@ def judge(bundle: Bundle, kind: str, options: argparse.Namespace, network: torch
     found = hits(features(network, [image for _, image in drawn]), rows)
     best = hits(features(network, ceiling), rows)
     trained = [row["file"] for row in mini_data.image_rows() if row["split"] == "train"]
-    codes = encode_cached(bundle.image, trained, lambda at: archive.open(trained[at]))
-    known = {tuple(row) for row in codes.tolist()}
+    known = {tuple(codes.tolist()) for codes in mini_codes(bundle.image, trained).values()}
     copies = sum(part.codes in known for part, _ in drawn)
     pairs = [(image, shown) for (_, image), shown in zip(drawn, real, strict=True)]
     contact_sheet(pairs, rows, found).save(options.out / f"sheet-{kind}.png")
