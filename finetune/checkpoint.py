@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from jam.errors import RunError
 
+_FILES = ("model.safetensors", "state.json", "train/optimizer.safetensors")  # without which none can be resumed
+
 
 def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
@@ -104,12 +106,14 @@ def save(
         os.replace(link, run / "last")
     except Exception as error:
         # safetensors reports a full disk as its own error class; whatever it was, nothing half-written stays
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # before the room is measured
         free = shutil.disk_usage(run).free
         raise RunError(
             f"{final}: could not be written ({error}); {free / 1e6:.0f} MB are free, earlier checkpoints stay; "
             "free space and run again to resume"
         ) from error
+    finally:  # also when a second Ctrl+C ends it
+        shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 
@@ -121,6 +125,11 @@ def verify(folder: Path) -> str | None:
         manifest = json.loads((folder / "MANIFEST.json").read_text())
     except (OSError, ValueError) as error:
         return f"its MANIFEST.json does not read ({error})"
+    entries = manifest.values() if isinstance(manifest, dict) else ()
+    if not all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in entries):
+        return "its MANIFEST.json does not say size and sha256 of every file"
+    if unlisted := [name for name in _FILES if not isinstance(manifest, dict) or name not in manifest]:
+        return f"its MANIFEST.json does not list {unlisted[0]}"
     for name, entry in manifest.items():
         path = folder / name
         if not path.is_file():

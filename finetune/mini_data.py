@@ -47,6 +47,13 @@ def image_rows() -> tuple[dict, ...]:
     return tuple(read_jsonl(DATA / "images.jsonl"))
 
 
+@cache
+def image_set_digest() -> str:
+    """SHA-256 of the archive of images."""
+    with open(DATA / "images.zip", "rb") as archive:
+        return hashlib.file_digest(archive, "sha256").hexdigest()
+
+
 class ImageArchive:
     """Random access to the shipped images by file name."""
 

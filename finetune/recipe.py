@@ -20,6 +20,12 @@ class ModalityWeights(Section):
     text: float = Field(1.0, ge=0.0, description="weight of text tokens in the loss")
     image: float = Field(1.0, ge=0.0, description="weight of image codes in the loss")
 
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "ModalityWeights":
+        if self.text == 0.0 and self.image == 0.0:
+            raise ValueError("text and image are both 0; required: one weight above 0; raise one or remove the source")
+        return self
+
 
 class Source(Section):
     """One source of documents in the mix."""
@@ -133,7 +139,7 @@ class TrainSection(Section):
         "auto",
         description="kernel of masked attention: on a CPU the plain one beats sdpa on short sequences (auto: to 512)",
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads; null leaves them to torch")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; null leaves them to torch")
     random_offset: bool = Field(
         True, description="draw a start position per document, so that all positions are trained"
     )

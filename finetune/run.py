@@ -5,15 +5,17 @@ line in log.jsonl every ``log.every`` and a checkpoint every ``save.every`` -> `
 folder. Ctrl+C and SIGTERM finish the step, save and leave; the same command goes on from there.
 """
 
+import errno
 import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -67,7 +69,7 @@ def run_lock(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(
-                f"{folder} is in use by another run; wait for it, stop it, or choose another output_dir"
+                f"{folder} is in use by another run; wait for it, stop it, or choose another folder"
             ) from None
         yield
 
@@ -162,7 +164,8 @@ def _log_line(trainer: Trainer, reports: list[StepReport], totals: torch.Tensor)
     line |= {
         f"loss/{m}": float(mean) for m, mean, n in zip(("text", "image"), means[:2], summed[:2, 1], strict=True) if n
     }
-    line |= {f"loss/{name}": float(mean) for name, mean, n in zip(names, means[2:], summed[2:, 1], strict=True) if n}
+    sources = zip(names, means[2:], summed[2:, 1], strict=True)  # apart: a source may well be named text or image
+    line |= {f"loss/source/{name}": float(mean) for name, mean, n in sources if n}
     shares = totals[2:, 1] / totals[2:, 1].sum().clamp_min(1)
     line |= {f"share/{name}": round(float(share), 4) for name, share in zip(names, shares, strict=True)}
     line |= {"lr": last.lr, "grad_norm": last.grad_norm, "seconds": round(seconds, 3)}
@@ -174,7 +177,8 @@ def _model_card(bundle: Bundle, recipe: FinetuneRecipe) -> str:
     tokens = total_steps(recipe) * recipe.train.global_batch_size * recipe.data.seq_len
     mix = ", ".join(f"{name} {entry.weight:g}" for name, entry in recipe.data.mix.items())
     lines = ["---", "library_name: transformers", "tags: [jam]", "---", "", f"# {bundle.path.name}, trained", ""]
-    lines += [f"`{type(bundle.model).__name__}`, {tokens:,} tokens in sequences of {recipe.data.seq_len}; mix: {mix}.", ""]
+    kind = type(bundle.model).__name__
+    lines += [f"`{kind}`, {tokens:,} tokens in sequences of {recipe.data.seq_len}; mix: {mix}.", ""]
     lines += ["`finetune.yaml` is the recipe; `merge.yaml` and `report.json`, where present, are of the merge.", ""]
     return "\n".join(lines)
 
@@ -205,8 +209,13 @@ def _write_final(run: Path, bundle: Bundle, recipe: FinetuneRecipe) -> Path:
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
     except Exception as error:
+        first = error.args[0][0][-1] if isinstance(error, shutil.Error) else error  # copytree lists every file
+        reason = " ".join(str(first).split())
+        raise RunError(
+            f"{final}: could not be written ({reason}); free space or permissions, then run again"
+        ) from error
+    finally:  # also when Ctrl+C ends it
         shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"{final}: could not be written ({error}); free space or permissions, then run again") from error
     return final
 
 
@@ -219,12 +228,34 @@ def _trim_log(run: Path, step: int) -> None:
     """Drops lines beyond the step that a run resumes from, so that no step is logged twice."""
     path = run / "log.jsonl"
     if path.exists():
-        kept = [
-            line
-            for line in path.read_text().splitlines(True)
-            if line.endswith("\n") and json.loads(line)["step"] <= step
-        ]
-        path.write_text("".join(kept))
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(True)
+        kept = [line for line in lines if line.endswith("\n") and _logged_step(line) <= step]
+        if kept != lines:
+            temporary = path.with_name(".log.jsonl.tmp")  # a disk that is full must not cost the log that is there
+            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.replace(path)
+
+
+def _logged_step(line: str) -> float:
+    """The step of a line; infinity for one that does not parse, as a full disk or a power cut leaves it."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+@contextmanager
+def _told_of(run: Path) -> Iterator[None]:
+    """A disk that refuses a write as one line about the run. Raises RunError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+            raise
+        raise RunError(
+            f"{run}: could not be written ({error.strerror}); room on its disk is required, checkpoints stay as they "
+            "are; free space and run again to resume"
+        ) from error
 
 
 def _prepare(run: Path, recipe: FinetuneRecipe, source: Path | None) -> None:
@@ -251,24 +282,30 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
     """
     reporter = reporter or Reporter()
     run = Path(recipe.output_dir)
+    if run.resolve().is_relative_to(recipe.model.resolve()):
+        raise RunError(f"output_dir {run} lies inside the model {recipe.model}; choose a folder outside of it")
     keep_freed_memory()
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    with run_lock(run):
-        checkpoint.remove_stale(run)
+    precision = "bf16" if recipe.train.precision == "bf16" else "no"
+    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    main = accelerator.is_main_process  # the folder is its business alone; the other ranks only read
+    with run_lock(run) if main else nullcontext():
+        if main:
+            checkpoint.remove_stale(run)
         bundle = load_bundle(Path(recipe.model), dtype=torch.float32)
         bundle.model.set_attn_implementation(choose_attention(recipe, torch.cuda.is_available()))
         context = _context(bundle, recipe)
         opened = [open_source(name, entry, bundle, reporter.stage) for name, entry in recipe.data.mix.items()]
         packed = [PackedSource(s, number, bundle, recipe, context) for number, s in enumerate(opened)]
         plan = Plan(packed, [entry.weight for entry in recipe.data.mix.values()], recipe.data.seed)
-        precision = "bf16" if recipe.train.precision == "bf16" else "no"
-        accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
         trainer = Trainer(bundle, plan, recipe, accelerator, total_steps(recipe))
         _resume(run, recipe, trainer, reporter)
-        _prepare(run, recipe, source)  # not before: a refused run must not replace the record of the one that is there
-        _trim_log(run, trainer.step)
-        return _train(run, recipe, trainer, reporter)
+        with _told_of(run):
+            if main:
+                _prepare(run, recipe, source)  # not before: a refused run must not replace the record of the one there
+                _trim_log(run, trainer.step)
+            return _train(run, recipe, trainer, reporter)
 
 
 def _train(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter) -> Path:

@@ -59,18 +59,40 @@ def encode_cached(
     for key in keys:
         fingerprint.update(key.encode() + b"\0")
     path = cache_dir() / f"codes-{fingerprint.hexdigest()[:24]}.npy"
-    if path.exists():
-        return np.load(path, allow_pickle=False)
+    if (cached := _read_codes(path, (len(keys), tokenizer.codes_per_image))) is not None:
+        return cached
     chunks = []
     for at in range(0, len(keys), 64):
         chunks.append(tokenizer.encode([open_one(i) for i in range(at, min(at + 64, len(keys)))]).astype(np.uint16))
         if progress:
             progress("tokenising images", min(at + 64, len(keys)), len(keys))
     codes = np.concatenate(chunks) if chunks else np.zeros((0, tokenizer.codes_per_image), np.uint16)
-    temporary = path.with_suffix(f".tmp-{os.getpid()}.npy")
-    np.save(temporary, codes)
-    temporary.replace(path)
+    _write_codes(path, codes)
     return codes
+
+
+def _read_codes(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """Cached codes; None if there are none, or the file is damaged, which a power cut can do: they are made anew."""
+    try:
+        codes = np.load(path, allow_pickle=False)
+    except (FileNotFoundError, EOFError, ValueError):
+        return None
+    return codes if codes.shape == shape and codes.dtype == np.uint16 else None
+
+
+def _write_codes(path: Path, codes: np.ndarray) -> None:
+    """Raises DataError, and leaves nothing, when the cache cannot be written."""
+    temporary = path.with_suffix(f".tmp-{os.getpid()}.npy")
+    try:
+        np.save(temporary, codes)
+        temporary.replace(path)
+    except OSError as error:  # numpy reports a full disk without an error number
+        raise DataError(
+            f"{path}: the codes of the images could not be kept ({error.strerror or 'disk full'}); room for "
+            f"{codes.nbytes} bytes is required, free some or set JAM_CACHE to another folder"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _image_tokenizer(bundle: Bundle, name: str) -> ImageTokenizer:
@@ -88,19 +110,25 @@ def _text_source(texts: tuple[str, ...]) -> tuple[int, Callable[[int, float], Do
     return len(texts), lambda index, draw: Document((TextPart(texts[index]),))
 
 
-def _mini_codes(bundle: Bundle, name: str, progress: Progress | None) -> dict[str, np.ndarray]:
-    """Codes of every shipped train image by file name: captions and conversations share one cache."""
-    archive = mini_data.ImageArchive()
-    files = [row["file"] for row in mini_data.image_rows() if row["split"] == "train"]
-    codes = encode_cached(_image_tokenizer(bundle, name), files, lambda i: archive.open(files[i]), progress)
+def mini_codes(tokenizer: ImageTokenizer, files: list[str], progress: Progress | None = None) -> dict[str, np.ndarray]:
+    """Codes of shipped images by file name, cached; a rebuilt image set does not meet the codes of another."""
+    archive, version = mini_data.ImageArchive(), mini_data.image_set_digest()
+    keys = [f"{version}/{file}" for file in files]
+    codes = encode_cached(tokenizer, keys, lambda i: archive.open(files[i]), progress)
     return dict(zip(files, codes, strict=True))
+
+
+def _train_codes(bundle: Bundle, name: str, progress: Progress | None) -> dict[str, np.ndarray]:
+    """Of every shipped train image: captions and conversations share one cache."""
+    files = [row["file"] for row in mini_data.image_rows() if row["split"] == "train"]
+    return mini_codes(_image_tokenizer(bundle, name), files, progress)
 
 
 def _mini_captions(
     bundle: Bundle, name: str, progress: Progress | None
 ) -> tuple[int, Callable[[int, float], Document]]:
     rows = [row for row in mini_data.image_rows() if row["split"] == "train"]
-    codes = _mini_codes(bundle, name, progress)
+    codes = _train_codes(bundle, name, progress)
 
     def make(index: int, draw: float) -> Document:
         # half of the captions name label and style, the rest share the other forms; 1 in 8 puts the image first
@@ -113,13 +141,13 @@ def _mini_captions(
 
 def _mini_scenes(bundle: Bundle, name: str, progress: Progress | None) -> tuple[int, Callable[[int, float], Document]]:
     archive, scenes = mini_data.ImageArchive(), mini_data.scenes("train")
-    keys = [scene.key for scene in scenes]
+    keys = [f"{mini_data.image_set_digest()}/{scene.key}" for scene in scenes]
     codes = encode_cached(_image_tokenizer(bundle, name), keys, lambda i: scenes[i].image(archive), progress)
     return len(scenes), lambda index, draw: _caption_document(scenes[index].caption, codes[index], False)
 
 
 def _mini_conversations(bundle: Bundle, name: str, progress: Progress | None):
-    codes, rows = _mini_codes(bundle, name, progress), mini_data.conversations("train")
+    codes, rows = _train_codes(bundle, name, progress), mini_data.conversations("train")
 
     def make(index: int, draw: float) -> Document:
         return from_messages(rows[index]["messages"], lambda path: tuple(codes[path].tolist()))
@@ -132,12 +160,15 @@ def _read_lines(path: Path, check: Callable[[dict], object]) -> list:
     if not path.is_file():
         raise DataError(f"{path}: no such data file; give a .jsonl file or 'mini'")
     good, bad = [], []
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+    with open(path, "rb") as lines:
+        for number, raw in enumerate(lines, 1):
             try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not line.strip():
+                    continue
                 row = json.loads(line)
+                if "\\ud" in line.lower():  # half of a surrogate pair, escaped, is JSON and no text
+                    json.dumps(row, ensure_ascii=False).encode()
                 if not isinstance(row, dict):
                     raise DataError("expected a JSON object")
                 good.append(check(row))
@@ -145,6 +176,10 @@ def _read_lines(path: Path, check: Callable[[dict], object]) -> list:
                 bad.append(
                     f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); mend or remove the line"
                 )
+            except UnicodeError as error:
+                bad.append(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8")
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits; endless nesting
+                bad.append(f"{path}:{number}: not usable JSON ({error}); mend or remove the line")
             except DataError as error:
                 bad.append(f"{path}:{number}: {error}")
     if bad:
@@ -161,6 +196,20 @@ def _field(row: dict, key: str) -> str:
     return row[key]
 
 
+def _open_media(root: Path, file: str) -> Image.Image:
+    """An image that a data line names: relative to the data file, and inside its folder even through links.
+
+    Raises:
+        DataError: a path that leads out of the folder; an image that is missing or cannot be read.
+    """
+    path = root / file
+    if "\0" in file or Path(file).is_absolute() or not path.resolve().is_relative_to(root.resolve()):
+        raise DataError(
+            f"image {file!r} lies outside {root}; a path inside the data file's folder is required, move it"
+        )
+    return open_image(path)
+
+
 def _file_source(recipe: SourceRecipe, bundle: Bundle, name: str, progress: Progress | None):
     path = Path(recipe.path)
     root = path.parent
@@ -170,7 +219,7 @@ def _file_source(recipe: SourceRecipe, bundle: Bundle, name: str, progress: Prog
         tokenizer = _image_tokenizer(bundle, name)
 
         def pair(row: dict) -> tuple[str, Image.Image]:
-            return _field(row, "caption"), tokenizer.fit(open_image(root / _field(row, "image")))
+            return _field(row, "caption"), tokenizer.fit(_open_media(root, _field(row, "image")))
 
         pairs = _read_lines(path, pair)  # at the tokenizer's size: photographs as they are would fill the memory
         keys = [hashlib.sha256(image.tobytes()).hexdigest() for _, image in pairs]
@@ -179,10 +228,16 @@ def _file_source(recipe: SourceRecipe, bundle: Bundle, name: str, progress: Prog
     if recipe.kind == "conversations":
 
         def opened(file: str) -> Image.Image:
-            image = open_image(root / file)
+            image = _open_media(root, file)
             return image if bundle.image is None else bundle.image.fit(image)
 
-        documents = _read_lines(path, lambda row: from_messages(row.get("messages"), opened))
+        def conversation(row: dict) -> Document:
+            document = from_messages(row.get("messages"), opened)
+            if not any(part.loss for part in document.parts):
+                raise DataError("no turn of the assistant, so nothing to learn; add one or remove the line")
+            return document
+
+        documents = _read_lines(path, conversation)
         images = [part.image for d in documents for part in d.parts if isinstance(part, ImagePart)]
         keys = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
         codes = iter(

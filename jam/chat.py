@@ -178,8 +178,12 @@ class Chat:
             raise DataError(f"{path}: already exists; give a new name to /save")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        temporary.write_text(json.dumps(messages(self.turns), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        text = json.dumps(messages(self.turns), indent=2, ensure_ascii=False) + "\n"
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
         self.saved = path
         self.say(f"(saved to {path})")
 
@@ -281,7 +285,7 @@ def run_chat(
     check_drawable(bundle, settings)
     folder = _new_folder(Path(out) / time.strftime("chat-%Y%m%d-%H%M%S"))
     chat = Chat(bundle, settings, folder, console, images_inline)
-    chat.say(f"{bundle.path.name}: type a message; /help lists the commands, /quit leaves")
+    chat.say(f"{'the shipped model' if path is None else path}: type a message; /help lists the commands, /quit leaves")
     _loop(chat, _reader())
 
 
@@ -297,6 +301,9 @@ def _loop(chat: Chat, read: Callable[[], str]) -> None:
             line = read().strip()
         except EOFError:
             return
+        except UnicodeDecodeError:
+            chat.console.print("error: the message is not UTF-8; write it in UTF-8", style="red")
+            continue
         except KeyboardInterrupt:
             chat.say("\n(/quit or Ctrl+D leaves)")
             continue
@@ -306,7 +313,7 @@ def _loop(chat: Chat, read: Callable[[], str]) -> None:
                     return
             elif line:
                 chat.turn(line)
-        except JamError as error:
+        except (JamError, OSError) as error:  # a full disk must not end the conversation: /save it elsewhere
             chat.console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 

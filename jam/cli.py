@@ -11,7 +11,9 @@ import errno
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -57,7 +59,7 @@ class Kind(StrEnum):
 
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides of the recipe, e.g. train.steps=400.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides of the recipe, e.g. train.tokens=500_000.")
 ]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
 ModelFolder = Annotated[Path | None, typer.Argument(metavar="PATH", help="A model folder; default: the shipped one.")]
@@ -273,11 +275,19 @@ _ADVICE = {
     errno.EROFS: "choose a folder that can be written",
     errno.EACCES: "choose a path that you may read and write",
     errno.EPERM: "choose a path that you may read and write",
+    errno.ENOENT: "check the path",
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.ENOTDIR: "choose a path whose parents are folders",
     errno.EISDIR: "choose a file, not a folder",
+    errno.EEXIST: "choose a path that is a folder or not taken",
+    errno.ELOOP: "choose a path without a circle of links",
 }
 """What the machine refused that is the user's to mend; any other OSError is a bug of ours."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    """SIGTERM unwinds like Ctrl+C, so that what is half-written is removed. Training saves itself before it leaves."""
+    raise SystemExit(128 + number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -294,6 +304,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         app([argument for argument in arguments if argument != "--debug"], prog_name="jam")
     except SystemExit as exit_:  # typer always ends so, also after its own usage errors (2) and Ctrl+C (130)

@@ -25,6 +25,7 @@ FAST = {"precision": "bf16", "pretrain_tokens": 163_840, "tune_tokens": 163_840}
 QUICK = {
     "pretrain_tokens": 2_048,
     "tune_tokens": 2_048,
+    "seq_len": 512,
     "batch": 1,
     "text_bytes": 2_000,
     "captions": 8,
@@ -55,9 +56,13 @@ def settings_for(text_parent: Path, image_parent: Path, quick: bool) -> Settings
     """The budgets for this machine."""
     import torch
 
+    from jam.default import content_key
+
     capabilities = torch.cpu.get_capabilities()
     fast = torch.cuda.is_available() or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return Settings(str(text_parent), str(image_parent), **(QUICK if quick else FAST if fast else {}))
+    shipped = [folder / "model.safetensors" for folder in (text_parent, image_parent)]
+    weights = content_key([*shipped, *sorted(assets.CHAT.glob("*.safetensors"))])
+    return Settings(str(text_parent), str(image_parent), weights, **(QUICK if quick else FAST if fast else {}))
 
 
 def choice_sum(text: float, image: float, text_parent: float, image_parent: float) -> float:
@@ -251,6 +256,7 @@ def run_demo(out: Path, quick: bool = False) -> None:
         RunError: the folder holds something else, or the run was interrupted.
         JamError: whatever a step refuses.
     """
+    from finetune.run import run_lock
     from jam.default import default_model
 
     settings = settings_for(assets.TEXT_PARENT, assets.IMAGE_PARENT, quick)
@@ -260,7 +266,7 @@ def run_demo(out: Path, quick: bool = False) -> None:
     budget = f"{settings.pretrain_tokens:,} tokens of pretraining a fusion, {settings.tune_tokens:,} of tuning the best"
     console.print(f"jam demo in {out}: {budget}; Ctrl+C stops it, the same command goes on")
     try:
-        with Bars(console, total_weight(out)) as bars:
+        with run_lock(out), Bars(console, total_weight(out)) as bars:
             page = run_steps(Workbench(out, settings, bars), shipped)
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")

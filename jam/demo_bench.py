@@ -34,11 +34,12 @@ class Settings:
 
     text_parent: str
     image_parent: str
+    weights: str = ""  # hash of the shipped weights: another version's results are not gone on with
     precision: str = "fp32"
     pretrain_tokens: int = 65_536  # each fusion
     tune_tokens: int = 65_536
-    seq_len: int = 512
-    batch: int = 4  # sequences of an optimizer step
+    seq_len: int = 256
+    batch: int = 8  # sequences of an optimizer step
     text_bytes: int = 40_000  # held-out text of a split; about 10,000 tokens
     captions: int = 96  # held-out captioned images of a split
     pictures: int = 8  # a kind of held-out caption
@@ -55,7 +56,11 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Raises RunError for a file that does not parse, as a power cut leaves it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path}: damaged ({error}); remove the file, and the demo goes on without it") from None
 
 
 class Advance(Protocol):

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from finetune import mini_data
-from finetune.sources import encode_cached
+from finetune.sources import mini_codes
 from jam.decode.engine import SamplingOptions, encode_images, generate
 from jam.decode.stream import Reply, ReplyStream
 from jam.demo_bench import Advance, Settings
@@ -49,10 +49,9 @@ def held_out_captions(split: str, count: int, tokenizer: ImageTokenizer) -> list
     chosen: list[dict] = []
     for kind in kinds:
         chosen += spread([row for row in mini_data.image_rows() if row["split"] == kind], count // len(kinds))
-    archive = mini_data.ImageArchive()
-    codes = encode_cached(tokenizer, [row["file"] for row in chosen], lambda at: archive.open(chosen[at]["file"]))
-    captions = [TextPart(mini_data.caption_for(row)) for row in chosen]
-    return [Document((text, CodesPart(tuple(row.tolist())))) for text, row in zip(captions, codes, strict=True)]
+    codes = mini_codes(tokenizer, [row["file"] for row in chosen])
+    captions = [(TextPart(mini_data.caption_for(row)), codes[row["file"]]) for row in chosen]
+    return [Document((text, CodesPart(tuple(image.tolist())))) for text, image in captions]
 
 
 def held_out_losses(folder: Path, image_parent: Path, settings: Settings, advance: Advance) -> dict:

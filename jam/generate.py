@@ -87,8 +87,14 @@ def user_turn(text: str, images: Sequence[Image], images_first: bool = True) -> 
         images_first: where images go that the text does not place: before it, or after it.
 
     Raises:
-        GenerationError: nothing is said, or the numbers of markers and images differ.
+        GenerationError: nothing is said, what is said is not UTF-8, or the numbers of markers and images differ.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise GenerationError(
+            f"the prompt holds a byte that is not UTF-8 at character {error.start}; give text in UTF-8"
+        ) from None
     pieces = text.split(MARKER)
     markers = len(pieces) - 1
     if markers and markers != len(images):
@@ -142,6 +148,8 @@ def write_reply(reply: Reply, out: Path) -> None:
             entries.append({"type": "image", "path": name})
         (folder / "out.json").write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.rename(folder, out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
+            error.filename = str(out)
         raise

@@ -8,7 +8,7 @@ nothing is said about whether the parents are related or any good.
 from pathlib import Path
 
 from jam.checkpoint import Checkpoint, open_checkpoint
-from jam.errors import JamError
+from jam.errors import CheckpointError, JamError
 from jam.floats import LONG
 from jam.models.families import FAMILIES, Family, check_tensors, family_of
 from jam.tokens.vocabulary import JamFile
@@ -55,13 +55,22 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Facts:
 def _architecture(checkpoint: Checkpoint) -> Facts:
     config = checkpoint.config
     if config.get("model_type") == "jam_cross":
+        if absent := [key for key in ("text_config", "image_config", "exchanges", "tables") if key not in config]:
+            raise CheckpointError(
+                f"{checkpoint.path}/config.json: no {absent[0]}; a whole configuration is required, restore it"
+            )
         facts: Facts = [("family", "jam_cross, two towers joined by gated cross-attention")]
-        for side in ("text", "image"):
-            tower = config[f"{side}_config"]
-            facts.append((f"{side} tower", _sizes(family_of(tower, str(checkpoint.path)), tower)))
-        pairs = ", ".join(f"{i}|{j}" for i, j in config["exchanges"])
+        try:
+            for side in ("text", "image"):
+                tower = config[f"{side}_config"]
+                facts.append((f"{side} tower", _sizes(family_of(tower, str(checkpoint.path)), tower)))
+            pairs = ", ".join(f"{i}|{j}" for i, j in config["exchanges"])
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{checkpoint.path}/config.json: no jam_cross configuration ({error}); restore the file"
+            ) from None
         return [*facts, ("exchanges", f"after layers {pairs}"), ("tables", config["tables"])]
-    if config.get("model_type") not in FAMILIES:
+    if not isinstance(config.get("model_type"), str) or config["model_type"] not in FAMILIES:
         known = ", ".join(FAMILIES)
         return [("family", f"{config.get('model_type')}, which cannot be a parent; known families are {known}")]
     family = family_of(config, str(checkpoint.path))

@@ -45,7 +45,8 @@ def _panel(axes, logs: Mapping[str, list[dict]], key: str, title: str) -> None:
         if not points:
             continue
         tokens, values = ([point[i] for point in points] for i in (0, 1))
-        axes.plot(tokens, values, color=colour, alpha=0.25, linewidth=0.8)
+        marker = "o" if len(points) == 1 else None  # a line through one point shows nothing
+        axes.plot(tokens, values, color=colour, alpha=0.25, linewidth=0.8, marker=marker)
         axes.plot(tokens, smooth(values, max(1, len(values) // 20)), color=colour, linewidth=1.8, label=name)
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=_INK)
     axes.set_xlabel("tokens", fontsize=9, color=_INK)

@@ -156,6 +156,8 @@ def _plain_mapping(node: MappingNode, location: Location, tree: Tree) -> dict[st
 def _plain_scalar(node: ScalarNode, location: Location, tree: Tree) -> Any:
     kind = str(node.tag).removeprefix(_TAG)
     if kind in ("str", "timestamp"):  # a date is not a type that any recipe has
+        if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in str(node.value)):
+            return _unreadable(tree, location, node, "a character that no text or path may hold; remove it")
         return str(node.value)
     if kind not in ("null", "bool", "int", "float"):
         return _unreadable(tree, location, node, f"the tag {node.tag}; required: a plain value; remove the tag")

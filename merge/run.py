@@ -75,6 +75,9 @@ def run_merge(recipe: MergeRecipe, dry_run: bool = False) -> Path | None:
         check_output(recipe.out)
     except CheckpointError as error:
         raise MergeError(str(error)) from None
+    for parent in parents:
+        if recipe.out.resolve().is_relative_to(parent.path.resolve()):
+            raise MergeError(f"{recipe.out}: lies inside the {parent.side} parent; choose a folder outside of it")
     specs = [TensorSpec(job.name, SHORT[recipe.dtype], job.shape) for job in plan.jobs]
     side_files = _side_files(parents)
     side_bytes = sum(source.stat().st_size for source in side_files.values()) + (1 << 20)

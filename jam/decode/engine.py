@@ -49,9 +49,10 @@ class SamplingOptions:
     guidance_scale: float = 3.0
 
     def __post_init__(self) -> None:
-        _at_least_zero("text_temperature", self.text_temperature)
-        _at_least_zero("image_temperature", self.image_temperature)
-        _at_least_zero("guidance_scale", self.guidance_scale)
+        # beyond these bounds float32 scores overflow to numbers that are none
+        for name, value in (("text_temperature", self.text_temperature), ("image_temperature", self.image_temperature)):
+            _check(name, value, value == 0 or 1e-4 <= value < math.inf, "0 (greedy), or a finite number from 0.0001")
+        _check("guidance_scale", self.guidance_scale, 0 <= self.guidance_scale <= 1000, "a number from 0 to 1000")
         _check("text_top_p", self.text_top_p, 0 < self.text_top_p <= 1, "above 0 and at most 1")
         _check("image_top_p", self.image_top_p, 0 < self.image_top_p <= 1, "above 0 and at most 1")
         _check(
@@ -64,10 +65,6 @@ class SamplingOptions:
 def _check(name: str, value: float | None, holds: bool, required: str) -> None:
     if not holds:
         raise GenerationError(f"{name} is {value}; required: {required}; change it")
-
-
-def _at_least_zero(name: str, value: float) -> None:
-    _check(name, value, 0 <= value < math.inf, "a finite number of at least 0")
 
 
 @dataclass

@@ -69,20 +69,26 @@ class Family:
         found = config.get(key)
         return self.defaults.get(key) if found is None else found
 
-    def sizes(self, config: dict) -> Sizes:
+    def sizes(self, config: dict, where: str = "config.json") -> Sizes:
         """Raises CheckpointError when a size is missing or not a positive whole number."""
         found: dict[str, int] = {}
         for name, key in self.keys.items():
             value = self.value(config, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise CheckpointError(
-                    f"config.json: {key} is {value!r}; a positive whole number is required, restore the file"
+                    f"{where}: {key} is {value!r}; a positive whole number is required, restore the file"
                 )
             found[name] = value
-        kv_heads = self.value(config, "num_key_value_heads") or found["heads"]
-        head_dim = self.value(config, "head_dim") or found["model"] // found["heads"]
+        derived = {"num_key_value_heads": found["heads"], "head_dim": found["model"] // found["heads"]}
+        for key, absent in derived.items():
+            value = self.value(config, key) or absent
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise CheckpointError(
+                    f"{where}: {key} is {value!r}; a positive whole number is required, restore the file"
+                )
+            derived[key] = value
         tied = bool(self.value(config, "tie_word_embeddings"))
-        return Sizes(**found, kv_heads=int(kv_heads), head_dim=int(head_dim), tied=tied)
+        return Sizes(**found, kv_heads=derived["num_key_value_heads"], head_dim=derived["head_dim"], tied=tied)
 
     def shape(self, sizes: Sizes, axes: Axes) -> tuple[int, ...]:
         lengths = {
@@ -225,7 +231,7 @@ def family_of(config: dict, where: str) -> Family:
         CheckpointError: unknown model type, or a variant of a known one that the table does not describe.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
             f"{where}: model type {model_type!r}; known families are {', '.join(FAMILIES)}, use a parent of one of them"
         )
@@ -251,8 +257,8 @@ def check_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Axes]:
     Raises:
         CheckpointError: a tensor that nobody claims, one that is missing, or one of another shape.
     """
+    sizes = family.sizes(checkpoint.config, f"{checkpoint.path}/config.json")
     expected = family.tensors(checkpoint.config)
-    sizes = family.sizes(checkpoint.config)
     for name, info in checkpoint.tensors.items():
         if name not in expected and not name.endswith(family.ignored) and not (name == HEAD and sizes.tied):
             raise CheckpointError(

@@ -33,6 +33,7 @@ from jam.tokens.image import ImageTokenizer
 from jam.tokens.text import TextTokenizer
 from jam.tokens.vocabulary import JamFile, Vocabulary
 
+_INTEGERS = ("I8", "I16", "I32", "U16", "U32", "U64")  # weights only if quantized; masks and counters are other types
 Softmax = Literal["restricted", "joint"]
 
 
@@ -134,6 +135,11 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32) -> Bundle:
     checkpoint = open_checkpoint(path)
     record = JamFile.read(path)
     text = TextTokenizer.load(path)
+    if quantized := [info for info in checkpoint.tensors.values() if info.dtype in _INTEGERS]:
+        raise CheckpointError(
+            f"{path}: tensor {quantized[0].name} is {quantized[0].dtype}; float weights are required, dequantize the "
+            "checkpoint"
+        )
     image = None if record.image_tokenizer is None else ImageTokenizer.load(path / record.image_tokenizer)
     model = load_model(path, checkpoint.config, dtype)
     bundle = Bundle(path, model, record.vocabulary, text, image, record.unconditional)
@@ -151,7 +157,7 @@ def load_model(path: Path, config: dict, dtype: torch.dtype = torch.float32) -> 
         CheckpointError: as :func:`load_bundle`.
     """
     model_type = config.get("model_type")
-    if model_type != "jam_cross" and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model_type not in ["jam_cross", *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]:
         raise CheckpointError(
             f"{path}: model type {model_type!r} is not a causal language model that transformers or jam knows; "
             "point to another checkpoint"
@@ -167,7 +173,7 @@ def load_model(path: Path, config: dict, dtype: torch.dtype = torch.float32) -> 
                 ignore_mismatched_sizes=True,  # reported below, by name
                 output_loading_info=True,
             )
-    except (StrictDataclassError, ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
+    except (StrictDataclassError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{path}: transformers cannot load it ({reason[:300]}); mend config.json or weights"

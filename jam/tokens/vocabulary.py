@@ -20,6 +20,7 @@ from jam.errors import CheckpointError
 Kind = Literal["control", "text", "image"]
 CONTROL, TEXT, IMAGE = 0, 1, 2  # values of Vocabulary.kinds()
 _KIND_VALUE: dict[str, int] = {"control": CONTROL, "text": TEXT, "image": IMAGE}
+MAX_IDS = 1 << 24  # far above any real vocabulary: one byte an id is held
 CONTROL_NAMES = ("bos", "pad", "eos", "mask", "infill", "begin_image", "end_image", "user", "assistant")
 
 
@@ -41,8 +42,15 @@ class Vocabulary:
     codes_per_image: int = 0
 
     def __post_init__(self) -> None:
+        if not self.spans:
+            raise CheckpointError("vocabulary: no spans; spans must partition the ids in order, mend jam.json")
         at = 0
         for span in self.spans:
+            if span.kind not in _KIND_VALUE or not type(span.start) is type(span.stop) is int or span.stop > MAX_IDS:
+                raise CheckpointError(
+                    f"vocabulary: span {[span.kind, span.start, span.stop]}; a kind ({', '.join(_KIND_VALUE)}) and two "
+                    f"whole numbers up to {MAX_IDS} are required, mend jam.json"
+                )
             if span.start != at or span.stop <= span.start:
                 raise CheckpointError(
                     f"vocabulary: span {span.kind} [{span.start}, {span.stop}) does not start at {at}; "
@@ -53,7 +61,12 @@ class Vocabulary:
             raise CheckpointError("vocabulary: more than one image span; image ids must be contiguous, mend jam.json")
         kinds = self.kinds()
         for name, index in self.controls.items():
-            if name not in CONTROL_NAMES or not 0 <= index < self.size or kinds[index] != CONTROL:
+            if (
+                name not in CONTROL_NAMES
+                or type(index) is not int
+                or not 0 <= index < self.size
+                or kinds[index] != CONTROL
+            ):
                 raise CheckpointError(
                     f"vocabulary: control {name}={index} is unknown or outside a control span; "
                     f"names are {', '.join(CONTROL_NAMES)}, mend jam.json"
@@ -103,7 +116,14 @@ class Vocabulary:
     @classmethod
     def from_json(cls, raw: dict) -> "Vocabulary":
         spans = tuple(Span(kind, start, stop) for kind, start, stop in raw["spans"])
-        return cls(spans, dict(raw["controls"]), raw["codes_per_image"])
+        found, codes = cls(spans, dict(raw["controls"]), raw["codes_per_image"]), raw["codes_per_image"]
+        images = found.image_span is not None
+        if type(codes) is not int or codes < 0 or (codes > 0) != images:
+            raise CheckpointError(
+                f"vocabulary: codes_per_image is {codes!r} with {'an' if images else 'no'} image span; the number of "
+                "codes of an image is required where there are image ids, else 0, mend jam.json"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -126,15 +146,33 @@ class JamFile:
         if not path.is_file():
             raise CheckpointError(f"{folder}: no jam.json; jam needs it to know which ids are text, control and image")
         try:
-            raw = json.loads(path.read_text())
-            return cls(
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            record = cls(
                 Vocabulary.from_json(raw["vocabulary"]),
                 raw["image_tokenizer"],
                 tuple(raw["unconditional"]),
                 raw["fusion"],
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path}: {error!r}; the file is damaged, restore it from its source") from None
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        record._check(path)
+        return record
+
+    def _check(self, path: Path) -> None:
+        """Raises CheckpointError for a value of another type than the file has, or a subfolder that is none."""
+        subfolder, unknown = self.image_tokenizer, [name for name in self.unconditional if name not in CONTROL_NAMES]
+        if not (subfolder is None or (isinstance(subfolder, str) and subfolder == Path(subfolder).name)):
+            raise CheckpointError(
+                f"{path}: image_tokenizer is {subfolder!r}; the name of a subfolder or null is required, mend the file"
+            )
+        if unknown:
+            raise CheckpointError(
+                f"{path}: unconditional names {unknown[0]!r}; names are {', '.join(CONTROL_NAMES)}, mend the file"
+            )
+        if not (self.fusion is None or isinstance(self.fusion, dict)):
+            raise CheckpointError(f"{path}: fusion is {self.fusion!r}; a mapping or null is required, mend the file")
 
     def write(self, folder: Path) -> None:
         raw = {

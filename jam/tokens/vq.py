@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from jam.checkpoint import open_checkpoint
 from jam.errors import CheckpointError
 
 
@@ -262,26 +263,34 @@ class VQModel(nn.Module):
         """Reads a folder written by :meth:`save`; the network runs in float32.
 
         Raises:
-            CheckpointError: the folder lacks a file, or its tensors do not fit its config.
+            CheckpointError: the folder lacks a file, one is damaged, or its tensors do not fit its config.
         """
         folder = Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise CheckpointError(f"{folder}: no {name}; an image tokenizer folder needs it, point to a whole one")
-        raw = json.loads((folder / "config.json").read_text())
+        raw = dict(open_checkpoint(folder).config)
         if raw.pop("model_type", None) != "vqgan":
             raise CheckpointError(
                 f"{folder}/config.json: model_type is not 'vqgan'; point to an image tokenizer folder"
             )
-        config = VQConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
-        model = cls(config)
         tensors = load_file(folder / "model.safetensors")
-        missing, unexpected = model.load_state_dict(
-            {name: tensor.float() for name, tensor in tensors.items()}, strict=False
-        )
+        try:
+            config = VQConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+            model = cls(config)
+            missing, unexpected = model.load_state_dict(
+                {name: tensor.float() for name, tensor in tensors.items()}, strict=False
+            )
+        except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # sizes of no network, or of another
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(
+                f"{folder}: config.json and weights are not one image tokenizer ({reason}); restore the folder"
+            ) from None
         if missing or unexpected:
             raise CheckpointError(
                 f"{folder}/model.safetensors: {len(missing)} tensors missing, {len(unexpected)} unexpected "
                 f"(first: {(missing + unexpected)[0]}); config and weights must come from one tokenizer"
             )
+        if bad := next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None):
+            raise CheckpointError(f"{folder}: tensor {bad} has NaN or infinite numbers; restore the image tokenizer")
         return model.eval().requires_grad_(False)

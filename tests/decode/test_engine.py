@@ -36,7 +36,7 @@ def prompt(tokens: int) -> Document:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"text_temperature": -1.0}, ["text_temperature is -1.0", "at least 0"]),
+        ({"text_temperature": -1.0}, ["text_temperature is -1.0", "0 (greedy)"]),
         ({"image_temperature": math.nan}, ["image_temperature is nan"]),
         ({"text_top_p": 0.0}, ["text_top_p is 0.0", "above 0 and at most 1"]),
         ({"image_top_p": 1.5}, ["image_top_p is 1.5"]),

@@ -106,6 +106,66 @@ def test_a_bad_image_is_named_with_its_line(tmp_path, bundle, kind):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (b'{"text": "caf\xe9"}', "not UTF-8"),
+        (b'{"text": "\\ud800 half a pair"}', "not UTF-8"),
+        (b"[" * 100_000, "not usable JSON"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "not usable JSON"),
+    ],
+    ids=["latin-1", "surrogate", "nested", "number"],
+)
+def test_a_line_that_is_no_text_is_named(tmp_path, bundle, line, expected):
+    (tmp_path / "t.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    with pytest.raises(DataError, match=rf"t\.jsonl:2: {expected}") as caught:
+        source("text", tmp_path / "t.jsonl", bundle)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_conversation_without_an_answer_is_refused(tmp_path, bundle):
+    rows = [{"messages": [{"role": "user", "content": "hello?"}]}]
+    with pytest.raises(DataError, match=r"d\.jsonl:1: no turn of the assistant"):
+        source("conversations", write(tmp_path / "d.jsonl", rows), bundle)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_mistakes(tmp_path, bundle):
+    (tmp_path / "t.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}\r\n')
+    mine = source("text", tmp_path / "t.jsonl", bundle)
+    assert [mine.make(index, 0.0).parts[0].text for index in range(mine.size)] == ["one", "two"]
+
+
+@pytest.mark.parametrize("kind", ["captions", "conversations"])
+@pytest.mark.parametrize("way", ["above", "absolute", "link", "nul"])
+def test_images_outside_the_data_folder_are_refused(tmp_path, bundle, kind, way):
+    (tmp_path / "data").mkdir()
+    picture(tmp_path / "out.png")
+    (tmp_path / "data/link.png").symlink_to(tmp_path / "out.png")
+    name = {"above": "../out.png", "absolute": str(tmp_path / "out.png"), "link": "link.png", "nul": "a\0b.png"}[way]
+    turns = [{"role": "assistant", "content": [{"type": "image", "path": name}]}]
+    row = {"image": name, "caption": "x"} if kind == "captions" else {"messages": turns}
+    with pytest.raises(DataError, match=r"d\.jsonl:1: image .* lies outside"):
+        source(kind, write(tmp_path / "data/d.jsonl", [row]), bundle)
+
+
+def test_a_damaged_cache_is_made_anew_and_a_full_one_is_said(tmp_path, bundle, monkeypatch):
+    path = write(tmp_path / "c.jsonl", [{"image": picture(tmp_path / "a.png"), "caption": "x"}])
+    expected = source("captions", path, bundle).make(0, 0.0)
+    (cached,) = (tmp_path / "cache").iterdir()
+    cached.write_bytes(cached.read_bytes()[:-2])
+    assert source("captions", path, bundle).make(0, 0.0) == expected
+    cached.unlink()
+
+    def full(file, codes):
+        Path(file).write_bytes(b"half")
+        raise OSError("4 requested and 0 written")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(DataError, match="JAM_CACHE"):
+        source("captions", path, bundle)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 def test_missing_and_empty_files_are_refused(tmp_path, bundle):
     with pytest.raises(DataError, match="no such data file"):
         source("text", tmp_path / "none.jsonl", bundle)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,9 @@ def test_generate_reads_images_and_empty_folders_are_fine(fused: Path, picture: 
         (["--prompt", "x", "--mode", "image", "--max-tokens", "5"], ["max_tokens is 5", "needs 7"]),
         (["--prompt", "x", "--mode", "image", "--max-images", "0"], ["max_images 0"]),
         (["--prompt", "x", "--top-p", "0"], ["text_top_p is 0", "above 0"]),
+        (["--prompt", "x", "--temperature", "1e-320"], ["text_temperature is 1e-320", "from 0.0001"]),
+        (["--prompt", "x", "--guidance-scale", "1e308"], ["guidance_scale is 1e+308", "0 to 1000"]),
+        (["--prompt", "x\udcff"], ["not UTF-8 at character 1"]),
     ],
 )
 def test_generate_refuses_in_one_line_and_writes_nothing(
@@ -224,6 +228,19 @@ def test_chat_goes_on_after_errors(
     ):
         assert words in output.replace("\n", " "), words
     assert list(tmp_path.iterdir()) == []
+
+
+def test_chat_survives_a_refused_save_and_foreign_bytes(fused: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    lines = b"/save %s/file/chat.json\n\xff\xfe\n/seed 4\n" % bytes(tmp_path)
+    command = [sys.executable, "-m", "jam.cli", "chat", str(fused), "--out", str(tmp_path)]
+    done = subprocess.run(
+        command, input=lines, capture_output=True, env={**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C.UTF-8"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"Not a directory" in done.stdout or b"File exists" in done.stdout
+    assert b"(seed 4)" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_chat_drops_the_oldest_turns_loudly(

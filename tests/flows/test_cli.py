@@ -96,6 +96,13 @@ def test_check_accepts(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None
         ("runs/o", "runs: o", "3:17: YAML syntax: mapping values are not allowed here"),
         ("kind: finetune\n", "", '1:1: kind: no kind; required: which schema the file follows; write "kind: merge"'),
         (GOOD, "", "1:1: the file is empty"),
+        ("runs/o", r'"a\0b"', "3:13: output_dir: a character that no text or path may hold; remove it"),
+        ("steps: 10", "steps: 10, threads: 100000", "5:29: train.threads: must be less than or equal to 1024"),
+        (
+            "weight: 0.4",
+            "weight: 1, loss: {text: 0, image: 0}",
+            "4:62: data.mix.text.loss: text and image are both 0; required: one weight above 0",
+        ),
     ],
 )
 def test_check_refuses(recipe: Path, old: str, new: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +195,7 @@ def test_debug_lets_the_traceback_through(failing, arguments: list[str]) -> None
         main(arguments)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EEXIST])
 def test_refusals_of_the_machine_are_one_line(failing, number: int, capsys: pytest.CaptureFixture[str]) -> None:
     failing(OSError(number, "refused", "some/file"))
     assert main(["inspect", "a"]) == 2
@@ -207,6 +214,26 @@ def test_bugs_keep_their_traceback(failing, error: Exception) -> None:
 def test_interrupt_is_130(failing) -> None:
     failing(KeyboardInterrupt())
     assert main(["inspect", "a"]) == 130
+
+
+def test_sigterm_unwinds_and_is_143(failing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is half-written is removed on the way out, as at Ctrl+C."""
+    import signal
+
+    before, cleaned = signal.getsignal(signal.SIGTERM), []
+    failing(None)
+
+    def run_inspect(paths: list[Path]) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            cleaned.append(True)
+
+    monkeypatch.setattr(sys.modules["jam.inspect"], "run_inspect", run_inspect)
+    try:
+        assert main(["inspect", "a"]) == 143 and cleaned
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_an_interrupted_run_is_no_error(failing, capsys: pytest.CaptureFixture[str]) -> None:

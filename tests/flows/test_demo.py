@@ -15,7 +15,8 @@ from finetune import mini_data
 from finetune import run as finetune_run
 from jam import assets, demo_samples
 from jam.cli import main
-from jam.demo_bench import METHODS
+from jam.demo_bench import METHODS, Settings, open_folder
+from jam.errors import RunError
 from merge.recipe import MergeRecipe
 from merge.run import run_merge
 from tests.tiny import tiny_pair
@@ -164,3 +165,9 @@ def test_a_folder_of_something_else_is_refused(tiny_world, tmp_path, capsys):
 def test_other_settings_are_refused(tiny_world, capsys):
     assert main(["demo", "--out", str(tiny_world / "demo")]) == 2
     assert "made under other settings" in capsys.readouterr().err
+
+
+def test_a_damaged_result_is_named(tmp_path: Path) -> None:
+    (tmp_path / "demo.json").write_text('{"jam"')
+    with pytest.raises(RunError, match=r"demo\.json: damaged"):
+        open_folder(tmp_path, Settings("a", "b"))

@@ -29,6 +29,19 @@ def test_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "4 heads of 8 (2 key/value)" in found and "images none" in found
 
 
+def test_a_fused_folder_without_its_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    _, image = tiny_pair(tmp_path)
+    (image / "config.json").write_text('{"model_type": "jam_cross"}')
+    capsys.readouterr()
+    assert main(["inspect", str(image)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {image}/config.json: no text_config; ")
+    (image / "config.json").write_text(
+        '{"model_type": "jam_cross", "text_config": 3, "image_config": 3, "exchanges": "x", "tables": "separate"}'
+    )
+    assert main(["inspect", str(image)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {image}/config.json: no jam_cross configuration (")
+
+
 def test_a_fused_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     text, image = tiny_pair(tmp_path, text_family="llama")
     arguments = ["--text", str(text), "--image", str(image), "--out", str(tmp_path / "out")]

@@ -289,3 +289,12 @@ def test_killed_at_any_point_leaves_nothing_that_looks_whole(tmp_path: Path, pai
     assert survived < len(points)
     assert main(arguments) == 0 and (tmp_path / "out" / WEIGHTS).read_bytes() == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "parents"]  # leftovers are cleared
+
+
+@pytest.mark.parametrize("side", ["text", "image"])
+def test_a_result_inside_a_parent_is_refused(tmp_path: Path, pair: tuple[Path, Path], side: str, capsys):
+    parent = pair[0] if side == "text" else pair[1]
+    before = sorted(parent.rglob("*"))
+    assert main(command(pair, parent / "sub", "cross")) == 2
+    assert f"lies inside the {side} parent" in capsys.readouterr().err
+    assert sorted(parent.rglob("*")) == before

@@ -1,7 +1,10 @@
 """Laws of training: packing changes no loss, micro-batches add up, kills and resumes change nothing."""
 
+import errno
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,8 @@ from jam.errors import RunError
 from jam.models.load import load_bundle
 from tests.laws.test_data_laws import recipe_for, tokens_of
 from tests.tiny import tiny_pair
+
+ROOT = Path(__file__).parents[2]
 
 
 def nats(bundle, placed: list[Placed], length: int) -> torch.Tensor:
@@ -121,6 +126,55 @@ def test_a_damaged_checkpoint_is_never_resumed_in_silence(tmp_path, victim, dama
     assert len(lines) == 1 and str(newest) in lines[0]
 
 
+@pytest.mark.parametrize("manifest", ["[1]", "{}", '{"model.safetensors": 3}', '{"model.safetensors": {"size": 1}}'])
+def test_a_manifest_that_proves_nothing_is_not_trusted(tmp_path, manifest):
+    _, run = train_a_little(tmp_path)
+    (checkpoint.listed(run)[0] / "MANIFEST.json").write_text(manifest)
+    lines: list[str] = []
+    assert checkpoint.newest(run, lines.append) == checkpoint.listed(run)[1] and "MANIFEST.json" in lines[0]
+
+
+def test_a_log_with_broken_lines_is_trimmed(tmp_path):
+    recipe, run = train_a_little(tmp_path)
+    whole = (run / "log.jsonl").read_text()
+    (run / "log.jsonl").write_text(whole + '{"broken\n{"a": 1}\n{"step": 99}\n{"st')
+    run_finetune(recipe)
+    assert (run / "log.jsonl").read_text() == whole
+
+
+@pytest.mark.parametrize("out", ["image", "image/run"])
+def test_a_run_inside_its_model_is_refused(tmp_path, out):
+    tiny_pair(tmp_path)
+    raw = recipe_for(tmp_path).model_dump(mode="json")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RunError, match="lies inside the model"):
+        run_finetune(FinetuneRecipe.model_validate(raw | {"model": tmp_path / "image", "output_dir": tmp_path / out}))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_disk_that_fills_under_the_log_is_one_line(tmp_path, monkeypatch):
+    tiny_pair(tmp_path)
+
+    def full(run, line):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("finetune.run._append_log", full)
+    with pytest.raises(RunError, match=r"run: could not be written \(No space left on device\)"):
+        run_finetune(recipe_for(tmp_path))
+
+
+def test_an_interrupt_while_saving_leaves_nothing_half_written(tmp_path, monkeypatch):
+    tiny_pair(tmp_path)
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_digest", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_finetune(recipe_for(tmp_path))
+    assert not [path for path in (tmp_path / "run").iterdir() if "tmp" in path.name or "checkpoint" in path.name]
+
+
 def test_a_changed_setting_is_refused_with_its_name(tmp_path):
     recipe, _ = train_a_little(tmp_path)
     raw = recipe.model_dump(mode="json")
@@ -172,3 +226,19 @@ def test_final_folder_loads_without_jam(tmp_path):
     shutil.rmtree(image)
     model = AutoModelForCausalLM.from_pretrained(run / "final")
     assert model.config.vocab_size == load_bundle(run / "final").vocabulary.size
+
+
+def test_two_ranks_equal_one(tmp_path):
+    """Guards the run folder's lock: every rank once asked for it, and the second was refused."""
+    tiny_pair(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(recipe_for(tmp_path).model_dump(mode="json")))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "jam.cli", "finetune", str(recipe), f"output_dir={tmp_path / 'two'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one = run_finetune(recipe_for(tmp_path))
+    for name, tensor in final_weights(one).items():
+        assert torch.allclose(tensor, final_weights(tmp_path / "two/final")[name], atol=2e-5), name
+    losses = [log_lines(run)[-1]["loss"] for run in (one.parent, tmp_path / "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -139,6 +139,23 @@ def test_an_image_parent_needs_its_tokenizer_of_images(folders: tuple[Path, Path
         read_parent(folders[1], "image")
 
 
+def test_an_image_tokenizer_must_be_whole_and_its_codes_those_of_the_vocabulary(folders: tuple[Path, Path]):
+    edit(folders[1] / "image_tokenizer" / "config.json", {"n_embed": 8})
+    with pytest.raises(CheckpointError, match=r"codebook of 8 codes, jam\.json has 16"):
+        read_parent(folders[1], "image")
+    weights = folders[1] / "image_tokenizer" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="truncated"):
+        read_parent(folders[1], "image")
+
+
+@pytest.mark.parametrize("change", [{"model_type": ["opt"]}, {"num_key_value_heads": "x"}, {"hidden_size": "32"}])
+def test_a_configuration_of_other_types_is_refused(folders: tuple[Path, Path], change: dict):
+    edit(folders[0] / "config.json", change)
+    with pytest.raises(CheckpointError, match=str(folders[0])):
+        read_parent(folders[0], "text")
+
+
 def test_describe_loses_no_row():
     labels = ["a", "a", "b", "a"]
     found = describe(labels)

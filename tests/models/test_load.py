@@ -109,6 +109,21 @@ def other_vocabulary(folder: Path) -> None:
     JamFile(type(record.vocabulary).from_json(raw), "image_tokenizer").write(folder)
 
 
+def edit_vocabulary(**changes: object) -> Callable[[Path], None]:
+    return lambda folder: edit_json(
+        "jam.json", vocabulary=json.loads((folder / "jam.json").read_text())["vocabulary"] | changes
+    )(folder)
+
+
+def cut(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+
+
+def unfinite_image_tokenizer(folder: Path) -> None:
+    edit_tensors(lambda t: t["quantize.embedding.weight"].__setitem__((1, 2), torch.nan))(folder / "image_tokenizer")
+
+
+VQ = "image_tokenizer/config.json"
 GATE, LAYER = "cross.1.image.gate", "cross.0.text.fc1.weight"
 BROKEN = {
     "config": (remove("config.json"), "config.json"),
@@ -129,6 +144,26 @@ BROKEN = {
     "wrong exchanges": (edit_json("config.json", exchanges=[[9, 9]]), "exchanges"),
     "wrong sizes": (edit_json("config.json", vocab_size=7), "vocab_size"),
     "foreign image tokenizer": (other_vocabulary, "4 codes of 16, jam.json says 9 of 16"),
+    "type is a list": (edit_json("config.json", model_type=["opt"]), "is not a causal language model"),
+    "no text tower": (edit_json("config.json", text_config=None), "transformers cannot load it"),
+    "quantized": (edit_tensors(lambda t: t.update({LAYER: t[LAYER].to(torch.int8)})), f"{LAYER} is I8; float weights"),
+    "truncated image tokenizer": (cut("image_tokenizer/model.safetensors"), "image_tokenizer/.* truncated"),
+    "image tokenizer's config is no JSON": (cut(VQ), "cannot be read as JSON"),
+    "image tokenizer's key": (edit_json(VQ, bogus=3), "not one image tokenizer .*bogus"),
+    "image tokenizer's type": (edit_json(VQ, ch="x"), "not one image tokenizer"),
+    "image tokenizer's sizes": (edit_json(VQ, n_embed=8), "not one image tokenizer .*size mismatch"),
+    "image tokenizer has NaN": (unfinite_image_tokenizer, "quantize.embedding.weight has NaN"),
+    "no spans": (edit_vocabulary(spans=[]), "jam.json: vocabulary: no spans"),
+    "unknown span": (edit_vocabulary(spans=[["foo", 0, 304]]), "jam.json: vocabulary: span"),
+    "endless span": (edit_vocabulary(spans=[["text", 0, 10**12]]), "whole numbers up to"),
+    "no codes per image": (edit_vocabulary(codes_per_image=0), "codes_per_image is 0 with an image span"),
+    "codes per image is text": (edit_vocabulary(codes_per_image="4"), "codes_per_image is '4'"),
+    "control is text": (edit_vocabulary(controls={"bos": "0"}), "control bos=0"),
+    "image tokenizer elsewhere": (edit_json("jam.json", image_tokenizer="../x"), "the name of a subfolder or null"),
+    "image tokenizer is a number": (edit_json("jam.json", image_tokenizer=5), "the name of a subfolder or null"),
+    "unknown condition": (edit_json("jam.json", unconditional=["zzz"]), "unconditional names 'zzz'"),
+    "fusion is text": (edit_json("jam.json", fusion="x"), "fusion is 'x'"),
+    "jam.json is no UTF-8": (lambda folder: (folder / "jam.json").write_bytes(b"\xff\xfe"), "jam.json: .*damaged"),
 }
 
 
