@@ -28,6 +28,14 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
+def share(folder: Path) -> None:
+    """Gives safetensors files, which are written for their owner alone, the mode that the umask gives others."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
+
+
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -86,6 +94,7 @@ def save(
         save_file(optimizer_tensors(optimizer), temporary / "train/optimizer.safetensors")
         if ema is not None:
             save_file({name: tensor.contiguous() for name, tensor in ema.items()}, temporary / "train/ema.safetensors")
+        share(temporary)
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         manifest = {

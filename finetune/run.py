@@ -203,6 +203,7 @@ def _write_final(run: Path, bundle: Bundle, recipe: FinetuneRecipe) -> Path:
         }
         with quiet_transformers():
             bundle.model.save_pretrained(temporary, state_dict=state)
+        checkpoint.share(temporary)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # training changed no setting
         (temporary / "finetune.yaml").write_text(dump_recipe(recipe))
         (temporary / "README.md").write_text(_model_card(bundle, recipe))

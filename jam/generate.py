@@ -61,10 +61,12 @@ def run_generate(
 
 
 def sampling_options(**given: float | str | None) -> SamplingOptions:
-    """Options with None for "not said".
+    """Options with None for "not said"; whoever asks for an image alone gets one, unless a number is said.
 
     >>> sampling_options(seed=3, text_top_p=None).seed
     3
+    >>> sampling_options(mode="image", max_images=None).max_images
+    1
 
     Raises:
         GenerationError: a value out of its range.
@@ -72,7 +74,10 @@ def sampling_options(**given: float | str | None) -> SamplingOptions:
     known = {field.name for field in fields(SamplingOptions)}
     if unknown := sorted(set(given) - known):
         raise TypeError(f"unknown sampling options {unknown}; known are {sorted(known)}")
-    return SamplingOptions(**{name: value for name, value in given.items() if value is not None})
+    said = {name: value for name, value in given.items() if value is not None}
+    if said.get("mode") == "image":
+        said.setdefault("max_images", max(1, said.get("min_images", 1)))
+    return SamplingOptions(**said)
 
 
 def user_turn(text: str, images: Sequence[Image], images_first: bool = True) -> tuple[Part, ...]:

@@ -224,6 +224,7 @@ def test_final_folder_loads_without_jam(tmp_path):
     card = (run / "final/README.md").read_text()
     assert "initialisation" not in card and "1,024 tokens" in card  # 4 steps of 4 sequences of 64
     shutil.rmtree(image)
+    assert (run / "final/model.safetensors").stat().st_mode == (run / "final/config.json").stat().st_mode
     model = AutoModelForCausalLM.from_pretrained(run / "final")
     assert model.config.vocab_size == load_bundle(run / "final").vocabulary.size
 
