@@ -97,7 +97,9 @@ def merge(
     method: Annotated[Method | None, typer.Option(help="How to fuse.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text parent; default: the shipped mini one.")] = None,
     image: Annotated[Path | None, typer.Option(help="Image parent; default: the shipped mini one.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write; must not exist or be empty.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write; must not exist or be empty. Default: runs/merged-METHOD.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
 ) -> None:
     """Fuse a text model and an image model into one checkpoint folder."""
@@ -105,6 +107,8 @@ def merge(
     from merge.recipe import MergeRecipe
 
     path, overrides = _recipe_and_overrides(arguments or [])
+    if out is None and path is None and method and not any(o.startswith("out=") for o in overrides):
+        out = Path("runs") / f"merged-{method}"  # where the shipped recipes look for it
     options = {"method": method, "text": text, "image": image, "out": out}
     given = [
         f"{key}={json.dumps(str(value), ensure_ascii=False)}" for key, value in options.items() if value is not None

@@ -298,3 +298,11 @@ def test_a_result_inside_a_parent_is_refused(tmp_path: Path, pair: tuple[Path, P
     assert main(command(pair, parent / "sub", "cross")) == 2
     assert f"lies inside the {side} parent" in capsys.readouterr().err
     assert sorted(parent.rglob("*")) == before
+
+
+def test_the_output_folder_defaults_to_where_the_shipped_recipes_look(tmp_path, monkeypatch):
+    text, image = tiny_pair(tmp_path / "parents")
+    monkeypatch.chdir(tmp_path)
+    assert main(["merge", "--method", "cross", "--text", str(text), "--image", str(image)]) == 0
+    assert (tmp_path / "runs/merged-cross/config.json").exists()
+    assert "model: runs/merged-cross" in (Path(__file__).parents[2] / "recipes/pretrain.yaml").read_text()
