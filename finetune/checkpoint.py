@@ -28,6 +28,15 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
+def discard(folder: Path) -> None:
+    """Removes a folder that looks whole, if it is there: it loses its name first, so a kill leaves no half of it."""
+    if folder.exists():
+        hidden = folder.with_name(f".{folder.name}.tmp-discard-{os.getpid()}")
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.rename(folder, hidden)
+        shutil.rmtree(hidden)
+
+
 def share(folder: Path) -> None:
     """Gives safetensors files, which are written for their owner alone, the mode that the umask gives others."""
     mask = os.umask(0)
@@ -106,7 +115,7 @@ def save(
         (temporary / "COMPLETE").write_text("")
         for folder in (temporary / "train", temporary):
             _fsync(folder)
-        shutil.rmtree(final, ignore_errors=True)
+        discard(final)
         os.rename(temporary, final)
         _fsync(run)
         link = run / ".last.tmp"
@@ -183,7 +192,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
 
 def rotate(run: Path, keep: int) -> None:
     for folder in listed(run)[keep:]:
-        shutil.rmtree(folder)
+        discard(folder)
 
 
 def remove_stale(run: Path) -> None:

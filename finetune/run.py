@@ -207,7 +207,7 @@ def _write_final(run: Path, bundle: Bundle, recipe: FinetuneRecipe) -> Path:
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # training changed no setting
         (temporary / "finetune.yaml").write_text(dump_recipe(recipe))
         (temporary / "README.md").write_text(_model_card(bundle, recipe))
-        shutil.rmtree(final, ignore_errors=True)
+        checkpoint.discard(final)
         os.rename(temporary, final)
     except Exception as error:
         first = error.args[0][0][-1] if isinstance(error, shutil.Error) else error  # copytree lists every file

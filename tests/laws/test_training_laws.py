@@ -243,3 +243,22 @@ def test_two_ranks_equal_one(tmp_path):
         assert torch.allclose(tensor, final_weights(tmp_path / "two/final")[name], atol=2e-5), name
     losses = [log_lines(run)[-1]["loss"] for run in (one.parent, tmp_path / "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_checkpoint_that_is_being_removed_has_no_name_that_looks_whole(tmp_path, monkeypatch):
+    """A kill in the middle of rotating old checkpoints once left a ``checkpoint-6`` without its state."""
+    _, run = train_a_little(tmp_path)
+    victims = checkpoint.listed(run)
+    assert len(victims) > 1
+
+    def killed(folder, **unused) -> None:
+        raise KeyboardInterrupt  # at the first file that would go
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", lambda f, ignore_errors=False: None if ignore_errors else killed(f))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.rotate(run, keep=1)
+    assert len(checkpoint.listed(run)) == len(victims) - 1
+    assert all(checkpoint.verify(folder) is None for folder in checkpoint.listed(run))
+    checkpoint.remove_stale(run)
+    assert not list(run.glob(".*.tmp-*"))
