@@ -1,12 +1,11 @@
 """The training loop, on accelerate for device, autocast and processes.
 
 One optimizer step: sequences t = step * G .. (step + 1) * G - 1 of the plan (this rank takes every world-th) ->
-micro-batches -> sums of weighted loss divided by the global weight -> clip -> AdamW -> EMA. Everything random is
+micro-batches -> sums of weighted loss divided by the global weight -> clip -> optimizer -> EMA. Everything random is
 keyed by the step, so a resumed run repeats the uninterrupted one bit for bit at the same world size.
 """
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,45 +15,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from finetune.loss import cross_entropy, position_weights, sums
+from finetune.optim import build_optimizer, learning_rate
 from finetune.order import Plan
 from finetune.pack import Batch, collate
-from finetune.recipe import FinetuneRecipe, OptimSection
+from finetune.recipe import FinetuneRecipe
 from jam.errors import RunError
 from jam.models.load import Bundle
-
-
-def learning_rate(optim: OptimSection, step: int, steps: int) -> float:
-    """Rate of step ``step`` (0-based) of ``steps``: linear warmup, then the schedule down to ``final_lr_ratio``."""
-    warmup = optim.warmup if isinstance(optim.warmup, int) else round(optim.warmup * steps)
-    if step < warmup:
-        return optim.lr * (step + 1) / warmup
-    share = (step - warmup) / max(1, steps - warmup)
-    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * share)), "linear": 1 - share, "constant": 1.0}[optim.schedule]
-    return optim.lr * (optim.final_lr_ratio + (1 - optim.final_lr_ratio) * shape)
-
-
-def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
-    """AdamW with one group per (rate factor, decay); factor 0 freezes, vectors are not decayed.
-
-    Raises:
-        RunError: a pattern matches no parameter, or nothing is left to train.
-    """
-    unmatched = {group.match for group in optim.groups}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        rule = next((group for group in optim.groups if re.search(group.match, name)), None)
-        unmatched -= {group.match for group in optim.groups if re.search(group.match, name)}
-        factor = rule.lr_mul if rule else 1.0
-        parameter.requires_grad_(factor > 0)
-        if factor > 0:
-            decay = optim.weight_decay if parameter.dim() >= 2 else 0.0
-            groups.setdefault((factor, decay), []).append(parameter)
-    if unmatched:
-        raise RunError(f"optim.groups: {sorted(unmatched)} match no parameter of this model; mend or remove them")
-    if not groups:
-        raise RunError("optim.groups freeze every parameter; leave something to train")
-    settings = [{"params": params, "factor": f, "weight_decay": decay} for (f, decay), params in groups.items()]
-    return torch.optim.AdamW(settings, lr=optim.lr, betas=optim.betas, eps=optim.eps)
 
 
 @dataclass

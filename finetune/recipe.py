@@ -95,8 +95,11 @@ class ParameterGroup(Section):
 
 
 class OptimSection(Section):
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: orthogonalised updates for the matrices inside the network, AdamW for the rest"
+    )
     lr: float = Field(3e-4, gt=0.0, description="peak learning rate")
     betas: tuple[float, float] = Field((0.9, 0.95), description="two decay rates of Adam's means, each in [0, 1)")
     eps: float = Field(1e-8, gt=0.0, description="Adam's epsilon")
@@ -238,7 +241,7 @@ class FinetuneRecipe(Recipe):
     data: DataSection = Field(description="what is read: at least data.mix with one source")
     objective: ObjectiveSection = Field(ObjectiveSection(), description="the CM3 objective")
     loss: LossSection = Field(LossSection(), description="loss weights")
-    optim: OptimSection = Field(OptimSection(), description="AdamW and its schedule")
+    optim: OptimSection = Field(OptimSection(), description="optimizer and schedule")
     train: TrainSection = Field(description="length, batches and arithmetic: at least train.tokens or train.steps")
     save: SaveSection = Field(SaveSection(), description="checkpoints")
     log: LogSection = Field(LogSection(), description="the log")

