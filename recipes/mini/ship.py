@@ -38,7 +38,7 @@ def ship_parent(run: Path, out: Path, vq_log: Path | None) -> None:
 
 def ship_chat(merged: Path, run: Path) -> None:
     CHAT.mkdir(parents=True, exist_ok=True)
-    record = write_difference(merged, run / "final", CHAT / "difference.safetensors")
+    record = write_difference(merged, run / "final", CHAT / "difference.safetensors", precision="int8")
     (CHAT / "merge.yaml").write_text("kind: merge\nmethod: cross\nout: chat\n")
     shutil.copyfile(run / "log.jsonl", CHAT / "log.jsonl")
     print(record)
