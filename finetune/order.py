@@ -1,7 +1,7 @@
 """The order of training data, as arithmetic: (seed, number of the sequence) -> sequence.
 
 Stages: sequence number t -> block and slot -> source, by exact quotas -> the source's n-th packed sequence -> epoch and
-window -> documents in the order of a keyed permutation -> CM3 -> best-fit packing inside the window.
+window -> documents in the order of a keyed permutation -> CM3 -> noise on codes -> best-fit packing inside the window.
 Nothing is drawn from a stream, so the resume state is one integer, whatever the number of workers or ranks.
 
 Walking to a far sequence packs the windows before it again (about 0.1 ms a document); nothing is stored.
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from finetune.cm3 import transform
-from finetune.pack import Placed, Sequence, best_fit
+from finetune.pack import Placed, Sequence, best_fit, noisy_codes
 from finetune.recipe import FinetuneRecipe
 from finetune.sources import Source, keyed, pieces
 from jam.errors import DataError
@@ -72,7 +72,9 @@ class PackedSource:
                     )
                 room = self.context - len(tokens)
                 offset = int(generator.integers(room + 1)) if recipe.train.random_offset and room > 0 else 0
-                placed.append(Placed(tokens, offset))
+                noise = recipe.objective.code_noise
+                inputs = noisy_codes(tokens, generator, self.bundle.vocabulary, noise) if noise else None
+                placed.append(Placed(tokens, offset, inputs))
         return placed
 
     def _pack(self, window: int) -> list[Sequence]:

@@ -11,17 +11,42 @@ import torch
 from torch import Tensor
 
 from jam.tokens.render import TEXT_HEAD, Tokens
+from jam.tokens.vocabulary import IMAGE, Vocabulary
 
 
 @dataclass(frozen=True)
 class Placed:
-    """One document with the learned position its first token takes."""
+    """One document with the learned position its first token takes.
+
+    ``inputs`` are the ids that the model reads where they are not those it learns to predict (:func:`noisy_codes`).
+    """
 
     tokens: Tokens
     offset: int
+    inputs: np.ndarray | None = None
 
 
 Sequence = list[Placed]
+
+
+def noisy_codes(
+    tokens: Tokens, generator: np.random.Generator, vocabulary: Vocabulary, share: float
+) -> np.ndarray | None:
+    """Ids as read by the model: in a ``share`` of documents some image codes are replaced by random ones.
+
+    Each such document draws its rate from U(0, 1). A model that reads its images whole learns a training image by its
+    first codes and hardly from its caption, and is lost at its own first wrong code; where codes cannot be trusted
+    the caption has to be read (docs/log.md, mini parents, second round). Codes without loss stay: they are the user's.
+
+    Returns:
+        int32 [T], or None for the ids themselves.
+    """
+    codes = (vocabulary.kinds()[tokens.ids] == IMAGE) & (tokens.weights > 0)
+    image = vocabulary.image_span
+    if image is None or not codes.any() or generator.random() >= share:
+        return None
+    hit = codes & (generator.random(len(tokens)) < generator.random())
+    return np.where(hit, generator.integers(image.start, image.stop, len(tokens)), tokens.ids).astype(np.int32)
 
 
 def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -87,7 +112,7 @@ def collate(sequences: list[Sequence], sources: list[int], length: int, pad: int
         for number, placed in enumerate(sequence):
             tokens = placed.tokens
             stop = at + len(tokens)
-            ids[row, at:stop] = tokens.ids
+            ids[row, at:stop] = tokens.ids if placed.inputs is None else placed.inputs
             positions[row, at:stop] = placed.offset + np.arange(len(tokens))
             labels[row, at : stop - 1] = tokens.ids[1:]
             heads[row, at : stop - 1] = tokens.heads[1:]

@@ -50,13 +50,16 @@ class DataSection(Section):
 
 
 class ObjectiveSection(Section):
-    """The CM3 objective: some documents have spans moved to their end, to be filled in from both sides."""
+    """The CM3 objective (spans moved to the end, to be filled in from both sides), and noise on what is read."""
 
     cm3: float = Field(0.0, ge=0.0, le=1.0, description="share of documents turned into infilling instances")
     spans: Literal["poisson", "one"] = Field("poisson", description="number of spans: Poisson(1) or always one")
     clamp_min: Literal[0, 1] = Field(1, description="least number of spans; 1 masks every chosen document")
     condition_drop: float = Field(
         0.1, ge=0.0, le=1.0, description="share of captions masked as a whole, which guidance needs"
+    )
+    code_noise: float = Field(
+        0.0, ge=0.0, le=1.0, description="share of documents that read some image codes replaced by random ones"
     )
 
 

@@ -131,8 +131,8 @@ def _mini_captions(
     codes = _train_codes(bundle, name, progress)
 
     def make(index: int, draw: float) -> Document:
-        # half of the captions name label and style, the rest share the other forms; 1 in 8 puts the image first
-        form = mini_data.STYLED if draw < 0.5 else (0, 2, 3)[int((draw - 0.5) * 6)]
+        # most captions name label and style, the rest share the other forms; 1 in 8 puts the image first
+        form = mini_data.STYLED if draw < 0.7 else (0, 2, 3)[min(2, int((draw - 0.7) * 10))]
         caption = mini_data.caption_for(rows[index], form)
         return _caption_document(caption, codes[rows[index]["file"]], (draw * 64) % 1 < 0.125)
 

@@ -1,5 +1,6 @@
 """Laws of the data's way: CM3 is invertible, packing isolates, the order is arithmetic, shares are exact."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from finetune.cm3 import caption_span, draw_spans, mask_spans, segment_bounds, transform, unmask
 from finetune.order import BLOCK, PackedSource, Plan, quotas
-from finetune.pack import best_fit, collate
+from finetune.pack import Placed, best_fit, collate, noisy_codes
 from finetune.recipe import FinetuneRecipe
 from finetune.sources import keyed, open_source
 from jam.document import CodesPart, Document, TextPart
@@ -76,6 +77,31 @@ def test_a_dropped_condition_is_the_form_that_guidance_uses():
     assert dropped.ids[:3].tolist() == [controls["bos"], controls["mask"], controls["begin_image"]]
     image_first = render(Document(document.parts[::-1]), VOCABULARY, TEXT)
     assert caption_span(image_first) == []
+
+
+def test_noise_changes_only_codes_that_are_read_and_never_what_is_learnt():
+    kinds, touched, whole = VOCABULARY.kinds(), 0, 0
+    for seed in range(200):
+        tokens = tokens_of(seed % 5)
+        first = tokens.segments == tokens.segments[kinds[tokens.ids] == IMAGE][0]
+        given = np.where(first, 0, tokens.weights).astype(np.float32)  # the first image is the user's: no loss
+        tokens = dataclasses.replace(tokens, weights=given)
+        inputs = noisy_codes(tokens, keyed(seed), VOCABULARY, 0.5)
+        if inputs is None:
+            whole += 1
+            continue
+        changed = inputs != tokens.ids
+        assert (kinds[inputs] == kinds[tokens.ids]).all() and (kinds[inputs[changed]] == IMAGE).all()
+        assert not (changed & first).any()
+        touched += int(changed.sum())
+        plain, noisy = (
+            collate([[Placed(tokens, 3, read)]], [0], len(tokens) + 2, VOCABULARY.controls["pad"])
+            for read in (None, inputs)
+        )
+        assert torch.equal(noisy.ids[0, : len(tokens)], torch.from_numpy(inputs).long())
+        for name in ("labels", "head_ids", "weights", "positions", "mask"):
+            assert torch.equal(getattr(plain, name), getattr(noisy, name)), name
+    assert touched > 100 and 60 < whole < 140
 
 
 def test_parse_inverts_render_and_typed_controls_are_text():
