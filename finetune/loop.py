@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from finetune.loss import cross_entropy, position_weights, sums
+from finetune.loss import TokenLoss, position_weights, sums
 from finetune.optim import build_optimizer, learning_rate
 from finetune.order import Plan
 from finetune.pack import Batch, collate
@@ -55,7 +55,9 @@ class Trainer:
     def __post_init__(self) -> None:
         self.bundle.model.train()
         self.raw_optimizer = build_optimizer(self.bundle.model, self.recipe.optim)
-        self.model, self.optimizer = self.accelerator.prepare(self.bundle.model, self.raw_optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(
+            TokenLoss(self.bundle, self.recipe.loss.softmax), self.raw_optimizer
+        )
         if self.recipe.train.ema is not None and self.ema is None:
             self.ema = {name: p.detach().clone() for name, p in self.bundle.model.named_parameters() if p.requires_grad}
 
@@ -81,15 +83,7 @@ class Trainer:
         for start in range(0, count, size):
             part, last = batch.rows(start, start + size), start + size >= count
             with self.accelerator.autocast(), _sync(self.accelerator, self.model, last):
-                logits, _ = self.bundle.logits(
-                    part.ids,
-                    part.head_ids,
-                    attention_mask=part.mask,
-                    position_ids=part.positions,
-                    softmax=recipe.loss.softmax,
-                    model=self.model,
-                )
-                nats = cross_entropy(logits, part)
+                nats = self.model(part)
                 term = (nats.double() * weights[start : start + size]).sum() * scale
                 self.accelerator.backward(term)
             loss += term.detach()

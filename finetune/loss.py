@@ -1,16 +1,90 @@
 """The loss: weighted cross-entropy under one head a position, as sums that add up over micro-batches and ranks.
 
 L = sum(w * CE) / sum(w), numerator and denominator each summed over all micro-batches and ranks before the division, so
-that 8 micro-batches of 1 equal 1 of 8. Shapes: B batch, T tokens, V vocabulary.
+that 8 micro-batches of 1 equal 1 of 8. Shapes: B batch, T tokens, V vocabulary, N rows of one head, K its own ids.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.pack import Batch
 from finetune.recipe import LossSection
-from jam.tokens.render import IMAGE_HEAD
+from jam.errors import RunError
+from jam.models.cross import JamCrossForCausalLM
+from jam.models.families import FAMILIES
+from jam.models.load import Bundle, Softmax
+from jam.models.masks import mask_for
+from jam.models.span_head import owned_slices
+from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD
+
+
+class TokenLoss(nn.Module):
+    """Nats of every token that is learnt: the model as training calls it, so that what wraps it wraps head and loss.
+
+    Of [B, T, V] scores a position needs those of its own head, and only where something is predicted. Each head is
+    evaluated on these rows and its own ids alone (``benchmarks/train_step.py`` has what that is worth). The result is
+    that of :meth:`Bundle.logits` under :func:`cross_entropy`, which is what runs for one softmax over all ids and for
+    heads that are not a plain matrix.
+
+    Raises:
+        RunError: one softmax asked of two heads, which share no scale.
+    """
+
+    def __init__(self, bundle: Bundle, softmax: Softmax):
+        super().__init__()
+        self.model, self.bundle, self.softmax = bundle.model, bundle, softmax
+        config = bundle.model.config
+        self.cross = isinstance(bundle.model, JamCrossForCausalLM)
+        if softmax == "joint" and self.cross and config.tables == "separate":
+            raise RunError(
+                "loss.softmax: joint asks for one softmax, this model has two heads that share no scale; "
+                "use restricted, or a model with one table"
+            )
+        head = bundle.model.get_output_embeddings()
+        plain = config.model_type in FAMILIES and type(head) is nn.Linear and head.bias is None
+        self.narrow = softmax == "restricted" and (self.cross or plain)
+        self.slices = {kind: owned_slices(bundle.vocabulary, kind) for kind in (TEXT_HEAD, IMAGE_HEAD)}
+        local = torch.full((2, config.vocab_size), -1)  # where an id stands among its head's own; -1 is foreign
+        for kind, parts in self.slices.items():
+            own = torch.cat([torch.arange(part.start, part.stop) for part in parts])
+            local[kind, own] = torch.arange(len(own))
+        self.register_buffer("local", local, persistent=False)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """float32 [B, T] nats, 0 where nothing is learnt."""
+        batch = batch.learnt()
+        if not self.narrow:
+            inputs = {"attention_mask": batch.mask, "position_ids": batch.positions}
+            return cross_entropy(
+                self.bundle.logits(batch.ids, batch.head_ids, softmax=self.softmax, **inputs)[0], batch
+            )
+        states = self._states(batch)
+        heads, labels = batch.head_ids.flatten(), batch.labels.flatten()
+        nats = torch.zeros(labels.shape, device=labels.device)
+        for kind in self.slices:  # also without rows, so that every step touches every parameter
+            at = ((labels >= 0) & (heads == kind)).nonzero()[:, 0]
+            scores_NK = self._head(kind, [state[at] for state in states]).float()
+            own = F.cross_entropy(scores_NK, self.local[kind, labels[at]], reduction="none")
+            nats = nats.index_copy(0, at, own)
+        return nats.view_as(batch.labels)
+
+    def _states(self, batch: Batch) -> list[Tensor]:
+        """Final states [B * T, D] as the heads read them: one for a single-table model, one a tower for two."""
+        if self.cross:
+            states = self.model.states(batch.ids, batch.mask, batch.positions)
+        else:
+            mask = mask_for(self.model.config, batch.mask, self.model.dtype, None, batch.ids.shape[1])
+            inputs = {"input_ids": batch.ids, "attention_mask": mask, "position_ids": batch.positions}
+            states = [self.model.base_model(**inputs, use_cache=False).last_hidden_state]
+        return [state.flatten(0, 1) for state in states]
+
+    def _head(self, kind: int, states: list[Tensor]) -> Tensor:
+        """Scores [N, K] of one head over its own ids."""
+        if self.cross:
+            return self.model.head(kind, *states)
+        weight = self.model.get_output_embeddings().weight
+        return torch.cat([F.linear(states[0], weight[part]) for part in self.slices[kind]], -1)
 
 
 def position_weights(batch: Batch, settings: LossSection) -> Tensor:

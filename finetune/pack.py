@@ -4,7 +4,7 @@ Documents in one sequence are isolated: attention is allowed inside a document o
 own, from a start offset. No document is ever split here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -89,6 +89,10 @@ class Batch:
     @property
     def tokens(self) -> int:
         return int((self.labels >= 0).sum())
+
+    def learnt(self) -> "Batch":
+        """The same with labels only where they carry loss."""
+        return replace(self, labels=self.labels.masked_fill(self.weights == 0, -1))
 
     def rows(self, start: int, stop: int) -> "Batch":
         part = slice(start, stop)

@@ -74,7 +74,6 @@ class Bundle:
         past_key_values: Cache | None = None,
         use_cache: bool = False,
         softmax: Softmax = "restricted",
-        model: nn.Module | None = None,
     ) -> tuple[Tensor, Cache | None]:
         """Scores [B, T, V] of the token after each position, and the cache.
 
@@ -88,7 +87,6 @@ class Bundle:
             past_key_values: with ``use_cache`` and None, a new growing cache is made.
             softmax: "restricted" gives the ids that the position's head does not own the lowest finite value; "joint"
                 leaves one softmax over all ids (models with one table only).
-            model: a wrapped replacement (accelerate, DDP) of ``self.model``.
 
         Raises:
             GenerationError: "joint" of a model with two heads.
@@ -108,16 +106,15 @@ class Bundle:
             "past_key_values": past_key_values,
             "use_cache": use_cache,
         }
-        run = self.model if model is None else model
         if isinstance(self.model, cross.JamCrossForCausalLM):
             if softmax == "joint" and config.tables == "separate":
                 raise GenerationError(
                     "softmax 'joint' of a model with two heads, which share no scale; use 'restricted', or a model "
                     "with one table"
                 )
-            output = run(**inputs, head_ids=head_ids_BT, restricted=softmax == "restricted")
+            output = self.model(**inputs, head_ids=head_ids_BT, restricted=softmax == "restricted")
             return output.logits, output.past_key_values
-        output = run(**inputs)
+        output = self.model(**inputs)
         logits_BTV = output.logits
         if softmax == "restricted":
             logits_BTV = restrict(logits_BTV, head_ids_BT, self._allowed_2V.to(logits_BTV.device))

@@ -1,0 +1,75 @@
+"""The narrow loss against the scores of every id."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.loss import TokenLoss, cross_entropy
+from finetune.pack import Batch, Placed, collate
+from jam.errors import RunError
+from jam.models.load import Bundle, load_bundle
+from tests.laws.test_data_laws import tokens_of
+from tests.tiny import tiny_pair
+from tests.tiny_cross import tiny_cross
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("loss")
+    text, image = tiny_pair(root)
+    fused = {
+        tables: tiny_cross(root / tables, text, image, gate=0.5, tables=tables) for tables in ("separate", "shared")
+    }
+    return {"image": image, **fused}
+
+
+def batch_of() -> Batch:
+    placed = [[Placed(tokens_of(seed), 3 * seed), Placed(tokens_of(seed + 1, images=1), 5)] for seed in (0, 3)]
+    batch = collate(placed, [0, 0], max(sum(len(p.tokens) for p in row) for row in placed) + 2, pad=1)
+    batch.weights[0, 4:20] = 0.0  # a user's turn
+    return batch
+
+
+def wide(bundle: Bundle, batch: Batch, softmax: str) -> torch.Tensor:
+    inputs = {"attention_mask": batch.mask, "position_ids": batch.positions}
+    return cross_entropy(bundle.logits(batch.ids, batch.head_ids, softmax=softmax, **inputs)[0], batch.learnt())
+
+
+@pytest.mark.parametrize("name", ["image", "separate", "shared"])
+@pytest.mark.parametrize("softmax", ["restricted", "joint"])
+def test_the_narrow_loss_and_its_gradients_are_those_of_the_wide_one(folders, name, softmax):
+    bundle, batch = load_bundle(folders[name], torch.float64), batch_of()
+    if (name, softmax) == ("separate", "joint"):
+        with pytest.raises(RunError, match="two heads"):
+            TokenLoss(bundle, softmax)
+        return
+    network = TokenLoss(bundle, softmax)
+    assert network.narrow == (softmax == "restricted")
+    found, gradients = [], []
+    for nats in (network(batch), wide(bundle, batch, softmax)):
+        bundle.model.zero_grad()
+        (nats * batch.weights).sum().backward()
+        found.append(nats.detach())
+        gradients.append({n: p.grad.clone() for n, p in bundle.model.named_parameters() if p.grad is not None})
+    assert (found[0] > 0).sum() > 50 and (found[0][batch.weights == 0] == 0).all()
+    torch.testing.assert_close(found[0].double(), found[1].double(), rtol=1e-5, atol=1e-6)
+    assert gradients[0].keys() == gradients[1].keys() == {n for n, _ in bundle.model.named_parameters()}
+    for parameter, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][parameter], rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_that_is_no_plain_matrix_is_scored_whole(folders):
+    bundle, batch = load_bundle(folders["image"], torch.float64), batch_of()
+    head = bundle.model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.randn(head.out_features, dtype=torch.float64))
+    network = TokenLoss(bundle, "restricted")
+    assert not network.narrow
+    torch.testing.assert_close(network(batch), wide(bundle, batch, "restricted"))
+
+
+def test_a_token_of_the_other_head_is_an_error_and_no_silent_zero(folders):
+    network, batch = TokenLoss(load_bundle(folders["image"]), "restricted"), batch_of()
+    batch.head_ids.copy_(1 - batch.head_ids)
+    with pytest.raises(IndexError, match="out of bounds"):
+        network(batch)
