@@ -1,6 +1,8 @@
 """Sharpen the mini image tokenizer: its decoder learns on, with a perceptual term, while the codes stay what they are.
 
-Encoder and codebook are frozen, so every model trained on the codes stays valid. The loss is train_vq.py's log MSE plus
+Encoder and codebook are frozen, so every model trained on the codes stays valid. Half of the images are decoded from
+codes some of which are wrong (a near code, or one from elsewhere in the batch), as a model that draws makes them: a
+decoder that has seen none blots where one code does not fit its neighbours. The loss is train_vq.py's log MSE plus
 a distance of features (LPIPS' form, Zhang et al., arXiv 1801.03924, section 3, without learned weights): activations of
 EfficientNet-Lite0 at strides 4, 8 and 16, unit length over channels, mean square difference. quality_bar.py judges by
 the *last* layer of the same network, the only one that packages ship; the distance stops short of it, and the pictures
@@ -27,6 +29,7 @@ from recipes.mini.quality_bar import MEAN, STD, feature_network
 from recipes.mini.train_vq import batch, evaluate, load_images, save_state, write_line
 
 LAYERS = (2, 4, 7)  # the last block of strides 4, 8 and 16
+WRONG, NEAR = 0.6, 16  # greatest share of wrong codes in an image; how many neighbours of a code are near
 SIDE = 128  # pixels a side into the feature network: a compromise between its 224 and our 64
 
 
@@ -49,6 +52,20 @@ def distance(network: torch.nn.Module, made: Tensor, real: Tensor) -> Tensor:
         wanted = feature_maps(network, real)
     found = feature_maps(network, made)
     return sum((a - b).square().sum(1).mean() for a, b in zip(found, wanted, strict=True)) / len(LAYERS)
+
+
+def wrong_codes(codes: Tensor, near: Tensor, generator: torch.Generator) -> Tensor:
+    """Codes [B, N] with mistakes: every second image draws a rate from U(0, ``WRONG``) of its codes.
+
+    Args:
+        near: [K, M], the codes nearest to each code.
+    """
+    draw = torch.rand(codes.shape, generator=generator)
+    rate = torch.rand(len(codes), 1, generator=generator) * WRONG * (torch.arange(len(codes)) % 2)[:, None]
+    pick = torch.randint(near.shape[1], codes.shape, generator=generator)
+    elsewhere = codes.flatten()[torch.randint(codes.numel(), codes.shape, generator=generator)]
+    mistaken = torch.where(torch.rand(codes.shape, generator=generator) < 0.5, near[codes, pick], elsewhere)
+    return torch.where(draw < rate, mistaken, codes)
 
 
 def main() -> None:
@@ -84,6 +101,8 @@ def main() -> None:
     else:
         write_line(args.out, {"step": 0} | evaluate(model, train, held, full=False))
 
+    book = model.quantize.embedding.weight
+    near = torch.cdist(book, book).topk(NEAR + 1, largest=False).indices[:, 1:]  # without the code itself
     began, losses = time.time(), []
     for step in range(start, args.steps):
         rate = args.lr * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
@@ -92,8 +111,10 @@ def main() -> None:
         x = batch(train, args.batch, args.seed, step)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             z = model.latents(x)
-        codes = model.quantize.nearest(z.float().permute(0, 2, 3, 1).flatten(0, 2))
-        quantised = model.quantize.embedding(codes).view(len(x), *z.shape[2:], -1).permute(0, 3, 1, 2)
+        codes = model.quantize.nearest(z.float().permute(0, 2, 3, 1).flatten(0, 2)).view(len(x), -1)
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step + 500_000_000)
+        read = wrong_codes(codes, near, generator)
+        quantised = model.quantize.embedding(read).view(len(x), *z.shape[2:], -1).permute(0, 3, 1, 2)
         with torch.autocast("cpu", torch.bfloat16):
             y = model.decode_latents(quantised)
             far = distance(network, y.float(), x)
