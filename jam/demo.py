@@ -35,11 +35,12 @@ QUICK = {
     "train_images": 64,
 }
 
-# Learning rates by method, for continued pretraining. A merge of one table has to find its way back and moves fast. The
-# cross model's towers are whole already and creep; what learns are the blocks through which the image tower reads the
-# text tower, with gates fast enough to open within the budget. The other direction moves slowly: on captions and text
-# that the text parent knows, the image tower has little to tell it (docs/log.md, demo, has what was tried).
-RATES = {"uniform": 2e-3, "width": 1e-3, "cross": 2e-3}
+# Optimizer and learning rate by method, for continued pretraining. A merge of one table has to find its way back and
+# moves fast. The cross model's towers are whole already and creep; what learns are the blocks through which the image
+# tower reads the text tower, with gates fast enough to open within the budget. The other direction moves slowly: on
+# captions and text that the text parent knows, the image tower has little to tell it (docs/log.md, demo, has what was
+# tried).
+OPTIMIZERS = {"uniform": ("adamw", 1e-3), "width": ("adamw", 6e-4), "cross": ("muon", 2e-3)}
 CROSS_GROUPS = [
     {"match": r"^cross\.\d+\.text\.gate$", "lr_mul": 0.5},
     {"match": r"^cross\.\d+\.text\.", "lr_mul": 0.1},
@@ -48,7 +49,7 @@ CROSS_GROUPS = [
     {"match": r"^text\.", "lr_mul": 0.005},
     {"match": r"^image\.", "lr_mul": 0.05},
 ]
-TUNE_RATE = 5e-4
+TUNE = ("adamw", 5e-4)
 
 # Seconds that each step takes on two cores, roughly: they only divide the bar.
 WEIGHTS = {
@@ -95,7 +96,9 @@ def mix(settings: Settings, shares: dict[str, float]) -> dict:
     return {kind: {"kind": kind, "path": "mini", "weight": share, "limit": limit} for kind, share in shares.items()}
 
 
-def train_recipe(settings: Settings, model: Path, out: Path, tokens: int, rate: float, cross: bool, shares: dict):
+def train_recipe(
+    settings: Settings, model: Path, out: Path, tokens: int, optimizer: tuple[str, float], cross: bool, shares: dict
+):
     """The recipe of one training run, as ``jam finetune`` would read it."""
     from finetune.recipe import FinetuneRecipe
 
@@ -109,8 +112,8 @@ def train_recipe(settings: Settings, model: Path, out: Path, tokens: int, rate: 
         "data": {"seq_len": settings.seq_len, "seed": settings.seed, "mix": mix(settings, shares)},
         "objective": {"cm3": 0.0, "condition_drop": 0.1},
         "optim": {
-            "name": "muon",
-            "lr": rate,
+            "name": optimizer[0],
+            "lr": optimizer[1],
             "warmup": 0.05,
             "schedule": "cosine",
             "final_lr_ratio": 0.05,
@@ -193,7 +196,7 @@ def pretrain_and_choose(bench: Workbench) -> dict:
             bench.path("merged", method),
             bench.path("train", method),
             settings.pretrain_tokens,
-            RATES[method],
+            OPTIMIZERS[method],
             method == "cross",
             {"text": 0.5, "captions": 0.5},
         )
@@ -253,7 +256,7 @@ def run_steps(bench: Workbench, shipped: Path) -> Path:
         bench.path("train", best, "final"),
         bench.path("tune"),
         settings.tune_tokens,
-        TUNE_RATE,
+        TUNE,
         best == "cross",
         {"conversations": 0.6, "text": 0.1, "captions": 0.3},
     )

@@ -67,8 +67,8 @@ def test_the_rule_takes_the_lowest_sum_of_relative_increases():
 def test_every_method_trains_on_the_same_sequences():
     settings, shares = Settings("text", "image"), {"text": 0.5, "captions": 0.5}
     recipes = [
-        train_recipe(settings, Path("m"), Path("o"), 65_536, rate, cross, shares)
-        for rate, cross in ((1e-3, False), (5e-4, True))
+        train_recipe(settings, Path("m"), Path("o"), 65_536, optimizer, cross, shares)
+        for optimizer, cross in ((("adamw", 1e-3), False), (("muon", 5e-4), True))
     ]
     assert recipes[0].data == recipes[1].data and recipes[0].train == recipes[1].train
     assert recipes[0].train.steps * settings.seq_len * settings.batch == 65_536
