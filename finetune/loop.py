@@ -56,7 +56,7 @@ class Trainer:
         self.bundle.model.train()
         self.raw_optimizer = build_optimizer(self.bundle.model, self.recipe.optim)
         self.model, self.optimizer = self.accelerator.prepare(
-            TokenLoss(self.bundle, self.recipe.loss.softmax), self.raw_optimizer
+            TokenLoss(self.bundle, self.recipe.loss.softmax, self.recipe.objective.own_codes), self.raw_optimizer
         )
         if self.recipe.train.ema is not None and self.ema is None:
             self.ema = {name: p.detach().clone() for name, p in self.bundle.model.named_parameters() if p.requires_grad}

@@ -4,6 +4,8 @@ L = sum(w * CE) / sum(w), numerator and denominator each summed over all micro-b
 that 8 micro-batches of 1 equal 1 of 8. Shapes: B batch, T tokens, V vocabulary, N rows of one head, K its own ids.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,13 +29,16 @@ class TokenLoss(nn.Module):
     that of :meth:`Bundle.logits` under :func:`cross_entropy`, which is what runs for one softmax over all ids and for
     heads that are not a plain matrix.
 
+    Args:
+        own_codes: share of sequences that, in training, read some of their image codes as the model itself draws them.
+
     Raises:
-        RunError: one softmax asked of two heads, which share no scale.
+        RunError: one softmax asked of two heads, which share no scale; ``own_codes`` without :attr:`narrow`.
     """
 
-    def __init__(self, bundle: Bundle, softmax: Softmax):
+    def __init__(self, bundle: Bundle, softmax: Softmax, own_codes: float = 0.0):
         super().__init__()
-        self.model, self.bundle, self.softmax = bundle.model, bundle, softmax
+        self.model, self.bundle, self.softmax, self.own_codes = bundle.model, bundle, softmax, own_codes
         config = bundle.model.config
         self.cross = isinstance(bundle.model, JamCrossForCausalLM)
         if softmax == "joint" and self.cross and config.tables == "separate":
@@ -44,16 +49,21 @@ class TokenLoss(nn.Module):
         head = bundle.model.get_output_embeddings()
         plain = config.model_type in FAMILIES and type(head) is nn.Linear and head.bias is None
         self.narrow = softmax == "restricted" and (self.cross or plain)
+        if own_codes and not self.narrow:
+            raise RunError("objective.own_codes needs loss.softmax: restricted and plain heads; set it to 0")
         self.slices = {kind: owned_slices(bundle.vocabulary, kind) for kind in (TEXT_HEAD, IMAGE_HEAD)}
         local = torch.full((2, config.vocab_size), -1)  # where an id stands among its head's own; -1 is foreign
         for kind, parts in self.slices.items():
             own = torch.cat([torch.arange(part.start, part.stop) for part in parts])
             local[kind, own] = torch.arange(len(own))
+            self.register_buffer(f"own_{kind}", own, persistent=False)
         self.register_buffer("local", local, persistent=False)
 
     def forward(self, batch: Batch) -> Tensor:
         """float32 [B, T] nats, 0 where nothing is learnt."""
         batch = batch.learnt()
+        if self.own_codes and self.training:
+            batch = self.with_own_codes(batch)
         if not self.narrow:
             inputs = {"attention_mask": batch.mask, "position_ids": batch.positions}
             return cross_entropy(
@@ -68,6 +78,32 @@ class TokenLoss(nn.Module):
             own = F.cross_entropy(scores_NK, self.local[kind, labels[at]], reduction="none")
             nats = nats.index_copy(0, at, own)
         return nats.view_as(batch.labels)
+
+    @torch.no_grad()
+    def with_own_codes(self, batch: Batch) -> Batch:
+        """The same with some image codes read as the model draws them after the right codes before; labels stay.
+
+        A share ``own_codes`` of rows draws a rate from U(0, 1) each. A model that has only read right codes is lost at
+        its own first wrong one: scheduled sampling (Bengio et al., arXiv 1506.03099) in two passes instead of one a
+        token (Mihaylova and Martins, arXiv 1906.07651).
+        """
+        span = self.bundle.vocabulary.image_span
+        if span is None:
+            return batch
+        next_ids = batch.labels[
+            :, :-1
+        ]  # of the position before: what the model would have drawn in place of ids[:, 1:]
+        codes = (next_ids >= span.start) & (next_ids < span.stop) & (batch.head_ids[:, :-1] == IMAGE_HEAD)
+        rows = len(codes)
+        rate = torch.rand(rows, 1, device=codes.device) * (torch.rand(rows, 1, device=codes.device) < self.own_codes)
+        hit = codes & (torch.rand(codes.shape, device=codes.device) < rate)
+        at = F.pad(hit, (0, 1)).flatten().nonzero()[:, 0]
+        scores_NK = self._head(IMAGE_HEAD, [state[at] for state in self._states(batch)]).float()
+        drawn = getattr(self, f"own_{IMAGE_HEAD}")[torch.multinomial(scores_NK.softmax(-1), 1)[:, 0]]
+        ids = batch.ids.clone()
+        is_code = (drawn >= span.start) & (drawn < span.stop)  # the image head also knows the closing control
+        ids.view(-1)[at[is_code] + 1] = drawn[is_code]
+        return replace(batch, ids=ids)
 
     def _states(self, batch: Batch) -> list[Tensor]:
         """Final states [B * T, D] as the heads read them: one for a single-table model, one a tower for two."""

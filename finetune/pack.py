@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jam.tokens.render import TEXT_HEAD, Tokens
-from jam.tokens.vocabulary import IMAGE, Vocabulary
+from jam.tokens.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,11 @@ def noisy_codes(
     Returns:
         int32 [T], or None for the ids themselves.
     """
-    codes = (vocabulary.kinds()[tokens.ids] == IMAGE) & (tokens.weights > 0)
     image = vocabulary.image_span
-    if image is None or not codes.any() or generator.random() >= share:
+    if image is None:
+        return None
+    codes = (tokens.ids >= image.start) & (tokens.ids < image.stop) & (tokens.weights > 0)
+    if not codes.any() or generator.random() >= share:
         return None
     hit = codes & (generator.random(len(tokens)) < generator.random())
     return np.where(hit, generator.integers(image.start, image.stop, len(tokens)), tokens.ids).astype(np.int32)

@@ -61,6 +61,12 @@ class ObjectiveSection(Section):
     code_noise: float = Field(
         0.0, ge=0.0, le=1.0, description="share of documents that read some image codes replaced by random ones"
     )
+    own_codes: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="share of sequences that read some image codes replaced by the model's own draws",
+    )
 
 
 class LossSection(Section):

@@ -59,7 +59,7 @@ def encode_cached(
     for key in keys:
         fingerprint.update(key.encode() + b"\0")
     path = cache_dir() / f"codes-{fingerprint.hexdigest()[:24]}.npy"
-    if (cached := _read_codes(path, (len(keys), tokenizer.codes_per_image))) is not None:
+    if (cached := _read_codes(path, (len(keys), tokenizer.codes_per_image), tokenizer.codebook_size)) is not None:
         return cached
     chunks = []
     for at in range(0, len(keys), 64):
@@ -71,13 +71,17 @@ def encode_cached(
     return codes
 
 
-def _read_codes(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+def _read_codes(path: Path, shape: tuple[int, int], codebook_size: int) -> np.ndarray | None:
     """Cached codes; None if there are none, or the file is damaged, which a power cut can do: they are made anew."""
     try:
-        codes = np.load(path, allow_pickle=False)
+        with path.open("rb") as handle:
+            codes = np.lib.format.read_array(handle, allow_pickle=False)  # np.load would also open archives
     except (FileNotFoundError, EOFError, ValueError):
         return None
-    return codes if codes.shape == shape and codes.dtype == np.uint16 else None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; the cache must be readable, or set JAM_CACHE to another") from None
+    fits = codes.shape == shape and codes.dtype == np.uint16 and (codes < codebook_size).all()
+    return codes if fits else None
 
 
 def _write_codes(path: Path, codes: np.ndarray) -> None:

@@ -9,6 +9,7 @@ Shapes: B batch, C channels, S image side in pixels, G grid side in codes (S / d
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,7 +29,8 @@ class VQConfig:
     ``resolution`` is the image side in pixels. ``patch`` folds patch x patch pixels into channels before the first
     convolution and unfolds them after the last (1 is the lineage's network; 2 removes the finest level, where a CPU
     spends most of its time). The grid has ``resolution / patch / 2 ** (len(ch_mult) - 1)`` codes a side;
-    ``attn_resolutions`` are sides after folding.
+    ``attn_resolutions`` are sides after folding. ``local`` swaps the encoder for :class:`LocalEncoder`
+    and the decoder's norms for :class:`PositionNorm`, under which a wrong code stays where it is.
     """
 
     resolution: int = 64
@@ -40,6 +42,7 @@ class VQConfig:
     z_channels: int = 192
     embed_dim: int = 32
     n_embed: int = 1024
+    local: bool = False
 
     @property
     def grid(self) -> int:
@@ -50,17 +53,32 @@ class VQConfig:
         return self.grid**2
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+class PositionNorm(nn.Module):
+    """Layer norm over the channels of each position: unlike a group norm it carries nothing from place to place."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, 1e-6).movedim(-1, 1)
+
+
+Norm = Callable[[int], nn.Module]
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, norm: Norm, kernel: int = 3):
         super().__init__()
-        self.norm1 = _norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm1 = norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
+        self.norm2 = norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel, padding=kernel // 2)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
         self.same_channels = in_channels == out_channels
@@ -74,9 +92,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention over all positions of a small grid."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, norm: Norm):
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = norm(channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -114,11 +132,11 @@ def _level(blocks: list[nn.Module], attentions: list[nn.Module]) -> nn.Module:
     return level
 
 
-def _middle(channels: int) -> nn.Module:
+def _middle(channels: int, norm: Norm) -> nn.Module:
     middle = nn.Module()
-    middle.block_1 = ResnetBlock(channels, channels)
-    middle.attn_1 = AttnBlock(channels)
-    middle.block_2 = ResnetBlock(channels, channels)
+    middle.block_1 = ResnetBlock(channels, channels, norm)
+    middle.attn_1 = AttnBlock(channels, norm)
+    middle.block_2 = ResnetBlock(channels, channels, norm)
     return middle
 
 
@@ -136,17 +154,17 @@ class Encoder(nn.Module):
         for index, multiplier in enumerate(config.ch_mult):
             blocks, attentions = [], []
             for _ in range(config.num_res_blocks):
-                blocks.append(ResnetBlock(channels, config.ch * multiplier))
+                blocks.append(ResnetBlock(channels, config.ch * multiplier, group_norm))
                 channels = config.ch * multiplier
                 if side in config.attn_resolutions:
-                    attentions.append(AttnBlock(channels))
+                    attentions.append(AttnBlock(channels, group_norm))
             level = _level(blocks, attentions)
             if index + 1 < len(config.ch_mult):
                 level.downsample = Downsample(channels)
                 side //= 2
             self.down.append(level)
-        self.mid = _middle(channels)
-        self.norm_out = _norm(channels)
+        self.mid = _middle(channels, group_norm)
+        self.norm_out = group_norm(channels)
         self.conv_out = nn.Conv2d(channels, config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,23 +183,24 @@ class Decoder(nn.Module):
     def __init__(self, config: VQConfig):
         super().__init__()
         channels, side = config.ch * config.ch_mult[-1], config.grid
+        norm = PositionNorm if config.local else group_norm
         self.conv_in = nn.Conv2d(config.z_channels, channels, 3, padding=1)
-        self.mid = _middle(channels)
+        self.mid = _middle(channels, norm)
         levels = []
         for index in reversed(range(len(config.ch_mult))):
             blocks, attentions = [], []
             for _ in range(config.num_res_blocks + 1):
-                blocks.append(ResnetBlock(channels, config.ch * config.ch_mult[index]))
+                blocks.append(ResnetBlock(channels, config.ch * config.ch_mult[index], norm))
                 channels = config.ch * config.ch_mult[index]
                 if side in config.attn_resolutions:
-                    attentions.append(AttnBlock(channels))
+                    attentions.append(AttnBlock(channels, norm))
             level = _level(blocks, attentions)
             if index > 0:
                 level.upsample = Upsample(channels)
                 side *= 2
             levels.insert(0, level)
         self.up = nn.ModuleList(levels)  # the lineage numbers levels from the finest
-        self.norm_out = _norm(channels)
+        self.norm_out = norm(channels)
         self.conv_out = nn.Conv2d(channels, 3 * config.patch**2, 3, padding=1)
         self.patch = config.patch
 
@@ -196,6 +215,48 @@ class Decoder(nn.Module):
             if index > 0:
                 h = level.upsample(h)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
+
+
+class LocalEncoder(nn.Module):
+    """An encoder whose codes tell of their own patch and a rim of ``3 * patch`` pixels around it, and of nothing else.
+
+    The lineage's encoder sees the whole image at every position (attention, group norms, 3 x 3 convolutions on the
+    coarsest grid) and learns to store in the codes of blank patches what does not fit elsewhere. That is the best
+    use of 64 codes and the worst language: white corners took 422 codes (docs/log.md), which no model that reads a
+    caption can foresee. Here convolutions overlap on the finest level only and norms are per position.
+    """
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        self.patch = config.patch
+        self.conv_in = nn.Conv2d(3 * config.patch**2, config.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        channels = config.ch
+        for index, multiplier in enumerate(config.ch_mult):
+            wide, kernel = config.ch * multiplier, 1 if index else 3
+            level = nn.Module()
+            level.block = nn.ModuleList(
+                ResnetBlock(wide if number else channels, wide, PositionNorm, kernel)
+                for number in range(config.num_res_blocks)
+            )
+            channels = wide
+            if index + 1 < len(config.ch_mult):
+                level.downsample = nn.Conv2d(channels, channels, 2, stride=2)
+            self.down.append(level)
+        self.mid = nn.ModuleList(ResnetBlock(channels, channels, PositionNorm, 1) for _ in range(2))
+        self.norm_out = PositionNorm(channels)
+        self.conv_out = nn.Conv2d(channels, config.z_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch))
+        for level in self.down:
+            for block in level.block:
+                h = block(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        for block in self.mid:
+            h = block(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Quantizer(nn.Module):
@@ -217,7 +278,7 @@ class VQModel(nn.Module):
     def __init__(self, config: VQConfig):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = (LocalEncoder if config.local else Encoder)(config)
         self.quantize = Quantizer(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)

@@ -81,9 +81,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    images, rows = load_images()
-    is_train = torch.tensor([row["split"] == "train" for row in rows])
-    train, held = images[is_train], images[~is_train]
+    train, held = load_images()
     network = feature_network().requires_grad_(False)
     model = VQModel.load(args.vq)
     params = [

@@ -5,12 +5,13 @@ Stages of one step, all drawn from a generator keyed by (seed, step), so that a 
    scenes (held-out images are never seen);
 2. encode, quantise to the nearest code, straight-through to the decoder;
 3. loss: mean over images of log MSE (the figure we are judged by is a mean of log MSE) + commitment;
-4. codebook: exponential moving averages of assigned latents; a code that has starved is restarted on a random latent.
+4. codebook: exponential moving averages of assigned latents; a code that has starved is restarted on a random latent;
+5. Muon for the kernels, each as a matrix of its output channels, AdamW for vectors.
 
 The log beside the weights has one line per evaluation: held-out PSNR is the mean over images of 10 log10(1/MSE), RGB in
 [0, 1]; ``white`` and ``upsampled`` are the same figure for a blank page and for the image reduced to 8 x 8 px.
 
-    python recipes/mini/train_vq.py --out runs/vq --steps 4000
+    torchrun --nproc-per-node 2 recipes/mini/train_vq.py --out runs/vq
 """
 
 import argparse
@@ -24,8 +25,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune import mini_data
 from jam.tokens.vq import VQConfig, VQModel
@@ -33,11 +35,13 @@ from jam.tokens.vq import VQConfig, VQModel
 DECAY, COMMIT, STARVED = 0.99, 0.25, 0.03
 
 
-def load_images() -> tuple[Tensor, list[dict]]:
-    """All shipped images as uint8 [N, 3, 64, 64] and their rows."""
+def load_images() -> tuple[Tensor, Tensor]:
+    """The shipped images of the train split and all others, uint8 [N, 3, 64, 64] each."""
     rows, archive = list(mini_data.image_rows()), mini_data.ImageArchive()
-    pixels = [np.asarray(archive.open(row["file"])) for row in rows]
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), rows
+    pixels = np.stack([np.asarray(archive.open(row["file"])) for row in rows])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    is_train = torch.tensor([row["split"] == "train" for row in rows])
+    return images[is_train], images[~is_train]
 
 
 def unit(pixels: Tensor) -> Tensor:
@@ -102,6 +106,58 @@ class Codebook:
         return len(starved)
 
 
+class Optimizer:
+    """Muon (Jordan et al., 2024) on kernels as matrices [out, in * k * k], AdamW on the rest; rates as AdamW's."""
+
+    def __init__(self, params: list[nn.Parameter], lr: float):
+        kernels = [p for p in params if p.dim() == 4]
+        self.views = [(p, nn.Parameter(p.data.view(len(p), -1))) for p in kernels]  # share their storage
+        self.muon = torch.optim.Muon(
+            [view for _, view in self.views], lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        )
+        self.adamw = torch.optim.AdamW([p for p in params if p.dim() != 4], lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+        self.params, self.lr = params, lr
+
+    def step(self, factor: float) -> None:
+        """One step at ``factor`` of the rate; gradients are averaged over ranks, clipped and cleared."""
+        grads = torch.cat([p.grad.flatten() for p in self.params])
+        all_reduce(grads)
+        grads.mul_(min(1.0, 1.0 / float(grads.norm())))
+        for p, part in zip(self.params, grads.split([p.numel() for p in self.params]), strict=True):
+            p.grad = part.view_as(p)
+        for p, view in self.views:
+            view.grad = p.grad.view_as(view)
+        for part in (self.muon, self.adamw):
+            for group in part.param_groups:
+                group["lr"] = self.lr * factor
+            part.step()
+        for p in self.params:
+            p.grad = None
+
+    def state_dict(self) -> dict:
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
+
+
+def all_reduce(values: Tensor) -> None:
+    """Mean over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+
+
+def gather(rows: Tensor) -> Tensor:
+    """Rows of all ranks, in their order."""
+    if not dist.is_initialized():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
 @torch.no_grad()
 def reconstruct(model: VQModel, images: Tensor) -> tuple[Tensor, Tensor]:
     """Reconstructions in [0, 1] and codes."""
@@ -149,9 +205,9 @@ def save_state(path: Path, **state) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--batch", type=int, default=32, help="images a step, over all ranks")
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=250, help="steps between evaluations and checkpoints")
     return parser.parse_args()
@@ -160,15 +216,15 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if world > 1:
+        dist.init_process_group("gloo")
 
-    images, rows = load_images()
-    is_train = torch.tensor([row["split"] == "train" for row in rows])
-    train, held = images[is_train], images[~is_train]
+    train, held = load_images()
     torch.manual_seed(args.seed)
-    model = VQModel(VQConfig())
+    model = VQModel(VQConfig(local=True))
     book = Codebook(model)
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = Optimizer([p for p in model.parameters() if p.requires_grad], args.lr)
     state_file, start, elapsed = args.out / "state.pt", 0, 0.0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -186,10 +242,7 @@ def main() -> None:
     began = time.time()
     losses, restarts = [], 0
     for step in range(start, args.steps):
-        rate = args.lr * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        x = batch(train, args.batch, args.seed, step)
+        x = batch(train, args.batch, args.seed, step)[rank::world]
         with torch.autocast("cpu", torch.bfloat16):
             z = model.latents(x)
         z = z.float()
@@ -200,24 +253,25 @@ def main() -> None:
             y = model.decode_latents(z + (quantised - z).detach())
         mse = ((y.float() - x) / 2).square().flatten(1).mean(1)
         loss = (mse + 5e-4).log().mean() + COMMIT * F.mse_loss(z, quantised)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        optimizer.step(min(1, (step + 1) / 100) * decay)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step + 500_000_000)
         if step < 0.8 * args.steps or step % 10 == 0:  # let the book settle at the end
-            restarts += book.update(flat.detach(), codes, generator)
+            restarts += book.update(gather(flat.detach()), gather(codes), generator)
         losses.append(float(loss.detach()))
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
-            spent = elapsed + time.time() - began
-            line = {"step": step + 1, "loss": sum(losses) / len(losses), "restarts": restarts, "seconds": round(spent)}
-            write_line(args.out, line | evaluate(model, train, held, full=False))
+            if rank == 0:
+                spent = elapsed + time.time() - began
+                line = {"step": step + 1, "loss": sum(losses) / len(losses), "restarts": restarts}
+                line |= {"seconds": round(spent)} | evaluate(model, train, held, full=False)
+                write_line(args.out, line)
+                state = {"count": book.count, "total": book.total, "step": step + 1, "elapsed": spent}
+                save_state(state_file, model=model.state_dict(), optimizer=optimizer.state_dict(), **state)
+                model.save(args.out / "vq")
             losses, restarts = [], 0
-            state = {"count": book.count, "total": book.total, "step": step + 1, "elapsed": spent}
-            save_state(state_file, model=model.state_dict(), optimizer=optimizer.state_dict(), **state)
-            model.save(args.out / "vq")
-    # what ships is the saved network (bfloat16 but for the codebook): that one is measured
-    write_line(args.out, {"step": args.steps} | evaluate(VQModel.load(args.out / "vq"), train, held, full=True))
+    if rank == 0:  # what ships is the saved network (bfloat16 but for the codebook): that one is measured
+        write_line(args.out, {"step": args.steps} | evaluate(VQModel.load(args.out / "vq"), train, held, full=True))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from finetune.loss import TokenLoss, cross_entropy
 from finetune.pack import Batch, Placed, collate
 from jam.errors import RunError
 from jam.models.load import Bundle, load_bundle
+from jam.tokens.render import IMAGE_HEAD
 from tests.laws.test_data_laws import tokens_of
 from tests.tiny import tiny_pair
 from tests.tiny_cross import tiny_cross
@@ -73,3 +74,31 @@ def test_a_token_of_the_other_head_is_an_error_and_no_silent_zero(folders):
     batch.head_ids.copy_(1 - batch.head_ids)
     with pytest.raises(IndexError, match="out of bounds"):
         network(batch)
+
+
+def test_own_codes_change_what_is_read_and_never_what_is_learnt(folders, monkeypatch):
+    network, batch = TokenLoss(load_bundle(folders["image"]), "restricted", own_codes=1.0), batch_of().learnt()
+    span = network.bundle.vocabulary.image_span
+    code = span.start + 3
+    at = int(network.local[IMAGE_HEAD, code])
+    one_hot = lambda kind, states: torch.nn.functional.one_hot(torch.full((len(states[0]),), at), 99).float() * 1e4  # noqa: E731
+    monkeypatch.setattr(network, "_head", one_hot)
+    torch.manual_seed(0)
+    read = network.with_own_codes(batch)
+    changed = read.ids != batch.ids
+    learnt_code = torch.zeros_like(changed)
+    learnt_code[:, 1:] = (batch.labels[:, :-1] >= span.start) & (batch.labels[:, :-1] < span.stop)
+    assert changed.any() and (read.ids[changed] == code).all() and learnt_code[changed].all()
+    assert torch.equal(read.labels, batch.labels) and torch.equal(read.weights, batch.weights)
+    torch.manual_seed(0)
+    assert torch.equal(network.with_own_codes(batch).ids, read.ids)
+
+
+def test_own_codes_are_drawn_in_training_alone_and_need_a_narrow_loss(folders):
+    bundle, batch = load_bundle(folders["separate"]), batch_of()
+    network = TokenLoss(bundle, "restricted", own_codes=1.0)
+    plain = TokenLoss(bundle, "restricted")(batch)
+    assert torch.equal(network.eval()(batch), plain)
+    assert not torch.equal(network.train()(batch), plain)
+    with pytest.raises(RunError, match="own_codes"):
+        TokenLoss(load_bundle(folders["shared"]), "joint", own_codes=0.5)
