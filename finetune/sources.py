@@ -236,6 +236,10 @@ def _file_source(recipe: SourceRecipe, bundle: Bundle, name: str, progress: Prog
             return image if bundle.image is None else bundle.image.fit(image)
 
         def conversation(row: dict) -> Document:
+            if row.get("images"):  # else they would be lost in silence, and their <image> tags learnt as text
+                raise DataError(
+                    "field 'images' is not read; name each image where it stands: {type: image, path} in content"
+                )
             document = from_messages(row.get("messages"), opened)
             if not any(part.loss for part in document.parts):
                 raise DataError("no turn of the assistant, so nothing to learn; add one or remove the line")

@@ -1,10 +1,10 @@
 """Put trained mini weights where the package ships them, with the log of their training beside them.
 
     python recipes/mini/ship.py parent --run runs/mini-text --name text
-    python recipes/mini/ship.py parent --run runs/mini-image --name image --vq-log runs/vq/log.jsonl
+    python recipes/mini/ship.py parent --run runs/mini-image runs/mini-image-2 --name image --vq runs/vq
     python recipes/mini/ship.py chat --merged runs/mini-cross --run runs/mini-chat
 
-A parent is a whole folder. The chat model is the merge's recipe and the trained difference to it: the parents that it
+A parent is a whole folder; of several runs, one after another, the last has the weights. The chat model is the merge's recipe and the trained difference to it: the parents that it
 repeats are shipped already.
 """
 
@@ -25,15 +25,14 @@ KEPT = (
 )
 
 
-def ship_parent(run: Path, out: Path, vq_log: Path | None) -> None:
+def ship_parent(runs: list[Path], out: Path, vq: Path | None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
-        shutil.copyfile(run / "final" / name, out / name)
-    shutil.copyfile(run / "log.jsonl", out / "log.jsonl")
-    if (run / "final/image_tokenizer").is_dir():
-        shutil.copytree(run / "final/image_tokenizer", out / "image_tokenizer", dirs_exist_ok=True)
-    if vq_log:
-        shutil.copyfile(vq_log, out / "image_tokenizer/log.jsonl")
+        shutil.copyfile(runs[-1] / "final" / name, out / name)
+    (out / "log.jsonl").write_text("".join((run / "log.jsonl").read_text() for run in runs))
+    if vq:
+        shutil.copytree(vq / "vq", out / "image_tokenizer", dirs_exist_ok=True)
+        shutil.copyfile(vq / "log.jsonl", out / "image_tokenizer/log.jsonl")
 
 
 def ship_chat(merged: Path, run: Path) -> None:
@@ -48,15 +47,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     parent = verbs.add_parser("parent")
-    parent.add_argument("--run", type=Path, required=True)
+    parent.add_argument("--run", type=Path, required=True, nargs="+", help="its runs, in order")
     parent.add_argument("--name", choices=("text", "image"), required=True)
-    parent.add_argument("--vq-log", type=Path)
+    parent.add_argument("--vq", type=Path, help="the run of the image tokenizer")
     chat = verbs.add_parser("chat")
     chat.add_argument("--merged", type=Path, required=True)
     chat.add_argument("--run", type=Path, required=True)
     args = parser.parse_args()
     if args.verb == "parent":
-        ship_parent(args.run, MINI / args.name, args.vq_log)
+        ship_parent(args.run, MINI / args.name, args.vq)
     else:
         ship_chat(args.merged, args.run)
 

@@ -129,6 +129,13 @@ def test_a_conversation_without_an_answer_is_refused(tmp_path, bundle):
         source("conversations", write(tmp_path / "d.jsonl", rows), bundle)
 
 
+def test_images_beside_the_messages_are_refused_and_not_lost(tmp_path, bundle):
+    turns = [{"role": "user", "content": "draw"}, {"role": "assistant", "content": "<image>"}]
+    rows = [{"messages": turns, "images": ["a.png"]}]
+    with pytest.raises(DataError, match=r"d\.jsonl:1: field 'images' is not read"):
+        source("conversations", write(tmp_path / "d.jsonl", rows), bundle)
+
+
 def test_a_byte_order_mark_and_windows_line_ends_are_no_mistakes(tmp_path, bundle):
     (tmp_path / "t.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}\r\n')
     mine = source("text", tmp_path / "t.jsonl", bundle)
