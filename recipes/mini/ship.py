@@ -4,8 +4,8 @@
     python recipes/mini/ship.py parent --run runs/mini-image runs/mini-image-2 --name image --vq runs/vq
     python recipes/mini/ship.py chat --merged runs/mini-cross --run runs/mini-chat
 
-A parent is a whole folder; of several runs, one after another, the last has the weights. The chat model is the merge's recipe and the trained difference to it: the parents that it
-repeats are shipped already.
+A parent is a whole folder; of several runs, one after another, the last has the weights. The chat model is the merge's
+recipe and the trained difference to it: the parents that it repeats are shipped already.
 """
 
 import argparse
