@@ -97,7 +97,7 @@ class Trainer:
             RunError: the loss is not finite.
         """
         began = time.perf_counter()
-        torch.manual_seed(self.recipe.seed * 1_000_003 + self.step)
+        torch.manual_seed((self.accelerator.process_index << 40) + self.recipe.seed * 1_000_003 + self.step)
         rate = learning_rate(self.recipe.optim, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]

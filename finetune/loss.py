@@ -1,7 +1,8 @@
 """The loss: weighted cross-entropy under one head a position, as sums that add up over micro-batches and ranks.
 
 L = sum(w * CE) / sum(w), numerator and denominator each summed over all micro-batches and ranks before the division, so
-that 8 micro-batches of 1 equal 1 of 8. Shapes: B batch, T tokens, V vocabulary, N rows of one head, K its own ids.
+that 8 micro-batches of 1 equal 1 of 8 (but for ``own_codes``, drawn anew in each). Shapes: B batch, T tokens, V
+vocabulary, N rows of one head, K its own ids.
 """
 
 from dataclasses import replace
@@ -56,8 +57,8 @@ class TokenLoss(nn.Module):
         for kind, parts in self.slices.items():
             own = torch.cat([torch.arange(part.start, part.stop) for part in parts])
             local[kind, own] = torch.arange(len(own))
-            self.register_buffer(f"own_{kind}", own, persistent=False)
         self.register_buffer("local", local, persistent=False)
+        self.register_buffer("image_ids", own, persistent=False)  # of the image head, the last of the two
 
     def forward(self, batch: Batch) -> Tensor:
         """float32 [B, T] nats, 0 where nothing is learnt."""
@@ -81,28 +82,29 @@ class TokenLoss(nn.Module):
 
     @torch.no_grad()
     def with_own_codes(self, batch: Batch) -> Batch:
-        """The same with some image codes read as the model draws them after the right codes before; labels stay.
+        """The same with some image codes read as the model draws them after what the batch reads; labels stay.
 
         A share ``own_codes`` of rows draws a rate from U(0, 1) each. A model that has only read right codes is lost at
         its own first wrong one: scheduled sampling (Bengio et al., arXiv 1506.03099) in two passes instead of one a
-        token (Mihaylova and Martins, arXiv 1906.07651).
+        token (Mihaylova and Martins, arXiv 1906.07651). Every rank makes the first pass, rows to change or not, so that
+        weights that are gathered for it are gathered everywhere.
         """
         span = self.bundle.vocabulary.image_span
         if span is None:
             return batch
-        next_ids = batch.labels[
-            :, :-1
-        ]  # of the position before: what the model would have drawn in place of ids[:, 1:]
+        next_ids = batch.labels[:, :-1]  # ids[:, 1:] as they are right
         codes = (next_ids >= span.start) & (next_ids < span.stop) & (batch.head_ids[:, :-1] == IMAGE_HEAD)
         rows = len(codes)
         rate = torch.rand(rows, 1, device=codes.device) * (torch.rand(rows, 1, device=codes.device) < self.own_codes)
         hit = codes & (torch.rand(codes.shape, device=codes.device) < rate)
         at = F.pad(hit, (0, 1)).flatten().nonzero()[:, 0]
         scores_NK = self._head(IMAGE_HEAD, [state[at] for state in self._states(batch)]).float()
-        drawn = getattr(self, f"own_{IMAGE_HEAD}")[torch.multinomial(scores_NK.softmax(-1), 1)[:, 0]]
+        # scores that are not finite are for the loss of the second pass to report
+        drawn = self.image_ids[torch.multinomial(scores_NK.softmax(-1).nan_to_num(1.0), 1)[:, 0]]
         ids = batch.ids.clone()
         is_code = (drawn >= span.start) & (drawn < span.stop)  # the image head also knows the closing control
         ids.view(-1)[at[is_code] + 1] = drawn[is_code]
+        torch.clear_autocast_cache()  # before torch 2.10 it kept the weights' casts of this pass, without history
         return replace(batch, ids=ids)
 
     def _states(self, batch: Batch) -> list[Tensor]:

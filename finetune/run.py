@@ -15,11 +15,12 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from pydantic import ValidationError
 
 from finetune import checkpoint
 from finetune.loop import StepReport, Trainer
@@ -110,6 +111,13 @@ def _differences(old: object, new: object, at: str = "") -> list[str]:
     return [] if old == new else [f"{at}: was {old}, is {new}"]
 
 
+def changed_settings(recorded: dict, recipe: FinetuneRecipe) -> list[str]:
+    """``name: was a, is b`` of every setting that differs; one that is newer than the record had its default."""
+    with suppress(ValidationError):  # a setting that is gone: it is named as it stands
+        recorded = fixed_settings(FinetuneRecipe.model_validate(recipe.model_dump() | recorded))
+    return _differences(recorded, fixed_settings(recipe))
+
+
 def total_steps(recipe: FinetuneRecipe) -> int:
     if recipe.train.steps is not None:
         return recipe.train.steps
@@ -142,8 +150,7 @@ def _resume(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Repor
             raise RunError(f"resume: never, but {run} holds checkpoints; move them away or choose another output_dir")
         return
     recorded = json.loads((found / "state.json").read_text())["settings"]
-    changed = _differences(recorded, fixed_settings(recipe))
-    if changed:
+    if changed := changed_settings(recorded, recipe):
         raise RunError(
             f"{found} was made under other settings ({'; '.join(changed)}); "
             "resume with the old ones, or choose another output_dir"

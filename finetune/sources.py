@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 from PIL import Image
@@ -76,7 +77,7 @@ def _read_codes(path: Path, shape: tuple[int, int], codebook_size: int) -> np.nd
     try:
         with path.open("rb") as handle:
             codes = np.lib.format.read_array(handle, allow_pickle=False)  # np.load would also open archives
-    except (FileNotFoundError, EOFError, ValueError):
+    except (FileNotFoundError, EOFError, ValueError, TokenError, MemoryError):  # numpy's ways to say damaged
         return None
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; the cache must be readable, or set JAM_CACHE to another") from None

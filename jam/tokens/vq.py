@@ -30,7 +30,7 @@ class VQConfig:
     convolution and unfolds them after the last (1 is the lineage's network; 2 removes the finest level, where a CPU
     spends most of its time). The grid has ``resolution / patch / 2 ** (len(ch_mult) - 1)`` codes a side;
     ``attn_resolutions`` are sides after folding. ``local`` swaps the encoder for :class:`LocalEncoder`
-    and the decoder's norms for :class:`PositionNorm`, under which a wrong code stays where it is.
+    and the decoder's norms for :class:`PositionNorm`; the decoder keeps its attention.
     """
 
     resolution: int = 64
@@ -218,7 +218,8 @@ class Decoder(nn.Module):
 
 
 class LocalEncoder(nn.Module):
-    """An encoder whose codes tell of their own patch and a rim of ``3 * patch`` pixels around it, and of nothing else.
+    """An encoder whose codes tell of their own patch and a rim of ``(1 + 2 * num_res_blocks) * patch`` pixels
+    around it, and of nothing else.
 
     The lineage's encoder sees the whole image at every position (attention, group norms, 3 x 3 convolutions on the
     coarsest grid) and learns to store in the codes of blank patches what does not fit elsewhere. That is the best

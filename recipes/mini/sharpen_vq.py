@@ -27,7 +27,7 @@ from torch import Tensor
 
 from jam.tokens.vq import VQModel
 from recipes.mini.quality_bar import MEAN, STD, feature_network
-from recipes.mini.train_vq import Optimizer, batch, evaluate, load_images, save_state, write_line
+from recipes.mini.train_vq import Optimizer, all_reduce, batch, evaluate, load_images, save_state, write_line
 
 LAYERS = (2, 4, 7)  # the last block of strides 4, 8 and 16
 WRONG, NEAR = 0.6, 16  # greatest share of wrong codes in an image; how many neighbours of a code are near
@@ -56,13 +56,13 @@ def distance(network: torch.nn.Module, made: Tensor, real: Tensor) -> Tensor:
 
 
 def wrong_codes(codes: Tensor, near: Tensor, generator: torch.Generator) -> Tensor:
-    """Codes [B, N] with mistakes: every second image draws a rate from U(0, ``WRONG``) of its codes.
+    """Codes [B, N] with mistakes: two of four images draw a rate from U(0, ``WRONG``) of their codes.
 
     Args:
         near: [K, M], the codes nearest to each code.
     """
     draw = torch.rand(codes.shape, generator=generator)
-    rate = torch.rand(len(codes), 1, generator=generator) * WRONG * (torch.arange(len(codes)) % 2)[:, None]
+    rate = torch.rand(len(codes), 1, generator=generator) * WRONG * (torch.arange(len(codes)) // 2 % 2)[:, None]
     pick = torch.randint(near.shape[1], codes.shape, generator=generator)
     elsewhere = codes.flatten()[torch.randint(codes.numel(), codes.shape, generator=generator)]
     mistaken = torch.where(torch.rand(codes.shape, generator=generator) < 0.5, near[codes, pick], elsewhere)
@@ -82,6 +82,8 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if args.batch % (2 * world):
+        raise SystemExit(f"--batch {args.batch}: a multiple of twice the {world} ranks is required")
     if world > 1:
         dist.init_process_group("gloo")
 
@@ -125,9 +127,10 @@ def main() -> None:
         optimizer.step(min(1, (step + 1) / 50) * decay)
         losses.append((float(loss.detach()), float(far.detach())))
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
+            all_reduce(means := torch.tensor(losses).mean(0))
             if rank == 0:
                 spent = elapsed + time.time() - began
-                mean_loss, mean_far = (sum(column) / len(losses) for column in zip(*losses, strict=True))
+                mean_loss, mean_far = means.tolist()
                 line = {"step": step + 1, "loss": mean_loss, "distance": mean_far, "seconds": round(spent)}
                 write_line(args.out, line | evaluate(model, train, held, full=False))
                 state = {"step": step + 1, "elapsed": spent}

@@ -1,7 +1,7 @@
 """Put trained mini weights where the package ships them, with the log of their training beside them.
 
     python recipes/mini/ship.py parent --run runs/mini-text --name text
-    python recipes/mini/ship.py parent --run runs/mini-image runs/mini-image-2 --name image --vq runs/vq
+    python recipes/mini/ship.py parent --run runs/mini-image runs/mini-image-2 --name image --vq runs/vq runs/vq-sharp
     python recipes/mini/ship.py chat --merged runs/mini-cross --run runs/mini-chat
 
 A parent is a whole folder; of several runs, one after another, the last has the weights. The chat model is the merge's
@@ -9,8 +9,12 @@ recipe and the trained difference to it: the parents that it repeats are shipped
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
 
 from jam.assets import CHAT, MINI
 from jam.difference import write_difference
@@ -25,14 +29,31 @@ KEPT = (
 )
 
 
-def ship_parent(runs: list[Path], out: Path, vq: Path | None) -> None:
+def ship_parent(runs: list[Path], out: Path, vqs: list[Path]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
         shutil.copyfile(runs[-1] / "final" / name, out / name)
-    (out / "log.jsonl").write_text("".join((run / "log.jsonl").read_text() for run in runs))
-    if vq:
-        shutil.copytree(vq / "vq", out / "image_tokenizer", dirs_exist_ok=True)
-        shutil.copyfile(vq / "log.jsonl", out / "image_tokenizer/log.jsonl")
+    join_logs(runs, out / "log.jsonl")
+    learnt = runs[-1] / "final/image_tokenizer"
+    if not learnt.is_dir():
+        return
+    shutil.copytree(vqs[-1] / "vq" if vqs else learnt, out / "image_tokenizer", dirs_exist_ok=True)
+    join_logs(vqs, out / "image_tokenizer/log.jsonl")
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out / "image_tokenizer", learnt))
+    names = [name for name in theirs if name.startswith(("encoder.", "quant"))]
+    if changed := [name for name in names if not torch.equal(ours[name], theirs[name])]:
+        raise SystemExit(f"{vqs[-1]}: {changed[0]} is not what the parent learnt; only the decoder may differ")
+
+
+def join_logs(runs: list[Path], out: Path) -> None:
+    """One log of runs that went on from each other: steps and tokens count on."""
+    lines, before = [], {}
+    for run in runs:
+        rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        lines += [row | {key: row[key] + before[key] for key in before if key in row} for row in rows]
+        before = {key: lines[-1][key] for key in ("step", "tokens") if key in lines[-1]}
+    if lines:
+        out.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def ship_chat(merged: Path, run: Path) -> None:
@@ -49,7 +70,7 @@ def main() -> None:
     parent = verbs.add_parser("parent")
     parent.add_argument("--run", type=Path, required=True, nargs="+", help="its runs, in order")
     parent.add_argument("--name", choices=("text", "image"), required=True)
-    parent.add_argument("--vq", type=Path, help="the run of the image tokenizer")
+    parent.add_argument("--vq", type=Path, nargs="+", default=[], help="runs of the image tokenizer, in order")
     chat = verbs.add_parser("chat")
     chat.add_argument("--merged", type=Path, required=True)
     chat.add_argument("--run", type=Path, required=True)

@@ -1,6 +1,6 @@
 """Train the mini image tokenizer on the train split of the shipped images.
 
-Stages of one step, all drawn from a generator keyed by (seed, step), so that a resumed run is the same run:
+Stages of one step, all drawn from a generator keyed by (seed, step): a run resumed on as many ranks is the same run.
 1. a batch of train images: a share as they are, a share flipped / shifted / scaled, a share composed into two-object
    scenes (held-out images are never seen);
 2. encode, quantise to the nearest code, straight-through to the decoder;
@@ -122,7 +122,12 @@ class Optimizer:
         """One step at ``factor`` of the rate; gradients are averaged over ranks, clipped and cleared."""
         grads = torch.cat([p.grad.flatten() for p in self.params])
         all_reduce(grads)
-        grads.mul_(min(1.0, 1.0 / float(grads.norm())))
+        norm = float(grads.norm())
+        if not math.isfinite(norm):
+            raise SystemExit(
+                f"the gradient's norm is {norm}; it must be finite; lower --lr and start again from state.pt"
+            )
+        grads.mul_(min(1.0, 1.0 / max(norm, 1e-6)))
         for p, part in zip(self.params, grads.split([p.numel() for p in self.params]), strict=True):
             p.grad = part.view_as(p)
         for p, view in self.views:
@@ -131,7 +136,7 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = self.lr * factor
             part.step()
-        for p in self.params:
+        for p in (*self.params, *(view for _, view in self.views)):
             p.grad = None
 
     def state_dict(self) -> dict:
@@ -217,6 +222,8 @@ def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if args.batch % world:
+        raise SystemExit(f"--batch {args.batch}: a multiple of the {world} ranks is required")
     if world > 1:
         dist.init_process_group("gloo")
 
@@ -261,9 +268,10 @@ def main() -> None:
             restarts += book.update(gather(flat.detach()), gather(codes), generator)
         losses.append(float(loss.detach()))
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
+            all_reduce(loss := torch.tensor(losses).mean())
             if rank == 0:
                 spent = elapsed + time.time() - began
-                line = {"step": step + 1, "loss": sum(losses) / len(losses), "restarts": restarts}
+                line = {"step": step + 1, "loss": float(loss), "restarts": restarts}
                 line |= {"seconds": round(spent)} | evaluate(model, train, held, full=False)
                 write_line(args.out, line)
                 state = {"count": book.count, "total": book.total, "step": step + 1, "elapsed": spent}

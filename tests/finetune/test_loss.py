@@ -102,3 +102,14 @@ def test_own_codes_are_drawn_in_training_alone_and_need_a_narrow_loss(folders):
     assert not torch.equal(network.train()(batch), plain)
     with pytest.raises(RunError, match="own_codes"):
         TokenLoss(load_bundle(folders["shared"]), "joint", own_codes=0.5)
+
+
+@pytest.mark.parametrize("name", ["image", "separate"])
+def test_every_parameter_learns_after_the_first_pass_of_own_codes(folders, name):
+    bundle = load_bundle(folders[name], torch.float32)
+    network = TokenLoss(bundle, "restricted", own_codes=1.0).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        network(batch_of()).sum().backward()
+    gradients = {n: p.grad for n, p in bundle.model.named_parameters()}
+    assert all(g is not None and g.isfinite().all() for g in gradients.values())
+    assert all(g.any() for n, g in gradients.items() if n.endswith(("fc1.weight", "fc2.weight")))

@@ -15,7 +15,7 @@ from finetune import checkpoint
 from finetune.loss import cross_entropy
 from finetune.pack import Placed, collate
 from finetune.recipe import FinetuneRecipe
-from finetune.run import Reporter, run_finetune
+from finetune.run import Reporter, changed_settings, fixed_settings, run_finetune
 from jam.errors import RunError
 from jam.models.load import load_bundle
 from tests.laws.test_data_laws import recipe_for, tokens_of
@@ -263,3 +263,16 @@ def test_a_checkpoint_that_is_being_removed_has_no_name_that_looks_whole(tmp_pat
     assert all(checkpoint.verify(folder) is None for folder in checkpoint.listed(run))
     checkpoint.remove_stale(run)
     assert not list(run.glob(".*.tmp-*"))
+
+
+def test_a_setting_newer_than_the_checkpoint_had_its_default_and_an_older_one_is_named(tmp_path):
+    recipe = recipe_for(tmp_path)
+    recorded = fixed_settings(recipe)
+    assert changed_settings(recorded, recipe) == []
+    del recorded["objective"]["own_codes"]
+    assert changed_settings(recorded, recipe) == []
+    recorded["optim"]["lr"] = 7.0
+    assert changed_settings(recorded, recipe) == [f"optim.lr: was 7.0, is {recipe.optim.lr}"]
+    recorded["optim"]["lr"] = recipe.optim.lr
+    recorded["objective"]["gone"] = 1
+    assert "objective.gone: was 1, is None" in changed_settings(recorded, recipe)
