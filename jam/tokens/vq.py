@@ -250,10 +250,10 @@ class LocalEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))
-        for level in self.down:
+        for index, level in enumerate(self.down):
             for block in level.block:
                 h = block(h)
-            if hasattr(level, "downsample"):
+            if index + 1 < len(self.down):
                 h = level.downsample(h)
         for block in self.mid:
             h = block(h)

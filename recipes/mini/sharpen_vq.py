@@ -13,7 +13,6 @@ have to be looked at besides.
 """
 
 import argparse
-import math
 import os
 import time
 from pathlib import Path
@@ -21,13 +20,23 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from jam.tokens.vq import VQModel
 from recipes.mini.quality_bar import MEAN, STD, feature_network
-from recipes.mini.train_vq import Optimizer, all_reduce, batch, evaluate, load_images, save_state, write_line
+from recipes.mini.train_vq import (
+    Optimizer,
+    all_reduce,
+    batch,
+    evaluate,
+    join_ranks,
+    load_images,
+    load_state,
+    rate,
+    save_state,
+    write_line,
+)
 
 LAYERS = (2, 4, 7)  # the last block of strides 4, 8 and 16
 WRONG, NEAR = 0.6, 16  # greatest share of wrong codes in an image; how many neighbours of a code are near
@@ -81,11 +90,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=100, help="steps between evaluations and checkpoints")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if args.batch % (2 * world):
-        raise SystemExit(f"--batch {args.batch}: a multiple of twice the {world} ranks is required")
-    if world > 1:
-        dist.init_process_group("gloo")
+    world, rank = join_ranks(args.batch, multiple=2)
 
     train, held = load_images()
     network = feature_network().requires_grad_(False)
@@ -96,12 +101,8 @@ def main() -> None:
     ]
     optimizer = Optimizer(params, args.lr)
     state_file, start, elapsed = args.out / "state.pt", 0, 0.0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+    if state := load_state(state_file, model, optimizer):
         start, elapsed = state["step"], state["elapsed"]
-        print(f"resuming at step {start}")
     elif rank == 0:
         write_line(args.out, {"step": 0} | evaluate(model, train, held, full=False))
 
@@ -123,8 +124,7 @@ def main() -> None:
         mse = ((y.float() - x) / 2).square().flatten(1).mean(1)
         loss = (mse + 5e-4).log().mean() + args.weight * far
         loss.backward()
-        decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        optimizer.step(min(1, (step + 1) / 50) * decay)
+        optimizer.step(rate(step, args.steps, warmup=50))
         losses.append((float(loss.detach()), float(far.detach())))
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             all_reduce(means := torch.tensor(losses).mean(0))

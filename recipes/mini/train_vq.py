@@ -207,6 +207,32 @@ def save_state(path: Path, **state) -> None:
     os.replace(temporary, path)
 
 
+def join_ranks(batch: int, multiple: int) -> tuple[int, int]:
+    """World size and own rank under torchrun (1 and 0 without); a step's batch must divide by ``multiple`` a rank."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if batch % (multiple * world):
+        raise SystemExit(f"--batch {batch}: a multiple of {multiple * world} is required for {world} ranks")
+    if world > 1:
+        dist.init_process_group("gloo")
+    return world, rank
+
+
+def load_state(path: Path, model: VQModel, optimizer: Optimizer) -> dict | None:
+    """What ``save_state`` wrote, with model and optimizer loaded from it; None where there is none."""
+    if not path.exists():
+        return None
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"resuming at step {state['step']}")
+    return state
+
+
+def rate(step: int, steps: int, warmup: int) -> float:
+    """Linear warmup, then a cosine from 1 to 0.01."""
+    return min(1, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -221,11 +247,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if args.batch % world:
-        raise SystemExit(f"--batch {args.batch}: a multiple of the {world} ranks is required")
-    if world > 1:
-        dist.init_process_group("gloo")
+    world, rank = join_ranks(args.batch, multiple=1)
 
     train, held = load_images()
     torch.manual_seed(args.seed)
@@ -233,14 +255,10 @@ def main() -> None:
     book = Codebook(model)
     optimizer = Optimizer([p for p in model.parameters() if p.requires_grad], args.lr)
     state_file, start, elapsed = args.out / "state.pt", 0, 0.0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+    if state := load_state(state_file, model, optimizer):
         book.count, book.total = state["count"], state["total"]
         start, elapsed = state["step"], state["elapsed"]
-        print(f"resuming at step {start}")
-    if start == 0:  # begin on real latents: a random codebook would starve at once
+    else:  # begin on real latents: a random codebook would starve at once
         with torch.no_grad():
             z = model.latents(batch(train, 64, args.seed, -1)).permute(0, 2, 3, 1).flatten(0, 2)
         book.total = z[torch.randperm(len(z))[: len(book.weight)]].clone()
@@ -261,8 +279,7 @@ def main() -> None:
         mse = ((y.float() - x) / 2).square().flatten(1).mean(1)
         loss = (mse + 5e-4).log().mean() + COMMIT * F.mse_loss(z, quantised)
         loss.backward()
-        decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        optimizer.step(min(1, (step + 1) / 100) * decay)
+        optimizer.step(rate(step, args.steps, warmup=100))
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step + 500_000_000)
         if step < 0.8 * args.steps or step % 10 == 0:  # let the book settle at the end
             restarts += book.update(gather(flat.detach()), gather(codes), generator)
