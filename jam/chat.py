@@ -20,13 +20,13 @@ from PIL.Image import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from jam.decode.engine import SamplingOptions, context_length, encode_images, generate
+from jam.decode.engine import SamplingOptions, context_length, default_options, encode_images, generate
 from jam.decode.grammar import Rules
 from jam.decode.stream import Event, ImageDone, ImageProgress, ImageStart, ReplyStream, Stop, TextDelta
 from jam.default import default_model
 from jam.document import CodesPart, Document, Part, TextPart
 from jam.errors import DataError, GenerationError, JamError
-from jam.generate import check_drawable, sampling_options, user_turn
+from jam.generate import check_drawable, said_options, user_turn
 from jam.models.load import Bundle, load_bundle
 from jam.terminal import COLUMNS, half_blocks, printable, shows_images
 from jam.tokens.image import open_image
@@ -269,14 +269,15 @@ def run_chat(
         path: a model folder; None takes the shipped default.
         out: images and saved conversations go to ``out/chat-<time>/``.
         images_inline: False prints the paths of images alone.
-        options: fields of :class:`jam.decode.engine.SamplingOptions`; None leaves the default.
+        options: fields of :class:`jam.decode.engine.SamplingOptions`; None leaves the model's default.
 
     Raises:
         JamError: the model cannot be loaded or cannot chat. What goes wrong in a turn is printed instead.
     """
-    settings = sampling_options(**options)
+    said = said_options(**options)
     console = Console(emoji=False)  # a model that writes :cat: means just that
     bundle = load_bundle(default_model() if path is None else Path(path))
+    settings = default_options(bundle, **said)
     if not {"user", "assistant"} <= set(bundle.vocabulary.controls):
         raise GenerationError(
             f"{bundle.path}: this model's vocabulary has no user and assistant controls; chat needs both, "

@@ -68,6 +68,9 @@ TextTemperature = Annotated[float | None, typer.Option("--temperature", min=0.0,
 TextTopP = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Text nucleus; 1 is off.")]
 ImageTemperature = Annotated[float | None, typer.Option(min=0.0, help="Image temperature; 0 is greedy.")]
 ImageTopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Image nucleus; 1 is off.")]
+ImageBeams = Annotated[
+    int | None, typer.Option(min=1, help="Beams that search for the likeliest image; 1 samples one code after another.")
+]
 Guidance = Annotated[float | None, typer.Option(min=0.0, help="Classifier-free guidance of images; 1 is off.")]
 
 
@@ -147,6 +150,7 @@ def chat(
     top_p: TextTopP = None,
     image_temperature: ImageTemperature = None,
     image_top_p: ImageTopP = None,
+    image_beams: ImageBeams = None,
     guidance_scale: Guidance = None,
     out: Annotated[
         Path, typer.Option(help="Images and saved conversations go to a new folder in it, chat-<time>.")
@@ -167,6 +171,7 @@ def chat(
         text_top_p=top_p,
         image_temperature=image_temperature,
         image_top_p=image_top_p,
+        image_beams=image_beams,
         guidance_scale=guidance_scale,
     )
 
@@ -187,6 +192,7 @@ def generate(
     top_p: TextTopP = None,
     image_temperature: ImageTemperature = None,
     image_top_p: ImageTopP = None,
+    image_beams: ImageBeams = None,
     guidance_scale: Guidance = None,
 ) -> None:
     """Write one reply to a prompt as out.json and PNG files, in order."""
@@ -205,6 +211,7 @@ def generate(
         text_top_p=top_p,
         image_temperature=image_temperature,
         image_top_p=image_top_p,
+        image_beams=image_beams,
         guidance_scale=guidance_scale,
     )
 

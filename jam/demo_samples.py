@@ -11,7 +11,7 @@ from PIL import Image
 
 from finetune import mini_data
 from finetune.sources import mini_codes
-from jam.decode.engine import SamplingOptions, encode_images, generate
+from jam.decode.engine import SamplingOptions, default_options, encode_images, generate
 from jam.decode.stream import Reply, ReplyStream
 from jam.demo_bench import Advance, Settings
 from jam.document import CodesPart, Document, TextPart, from_messages
@@ -111,7 +111,7 @@ def draw_pictures(folder: Path, target: Path, settings: Settings, advance: Advan
     chosen = [row for split in PICTURE_SPLITS for row in held_out_pictures(split, settings.pictures)]
     prompts = [Document((TextPart(mini_data.caption_for(row)),)) for row in chosen]
     codes = bundle.vocabulary.codes_per_image
-    options = SamplingOptions(mode="image", max_images=1, max_tokens=codes + 3, seed=settings.seed)
+    options = default_options(bundle, mode="image", max_images=1, max_tokens=codes + 3, seed=settings.seed)
     replies = answers(bundle, prompts, options, advance)
     archive, result = mini_data.ImageArchive(), []
     for number, (row, reply) in enumerate(zip(chosen, replies, strict=True)):
@@ -153,7 +153,7 @@ def write_replies(folder: Path, target: Path, settings: Settings, advance: Advan
     archive, rows = mini_data.ImageArchive(), held_out_questions(settings.questions)
     questions = [from_messages(row["messages"][:1], archive.open) for row in rows]
     prompts = [encode_images(bundle, question) for question in questions]
-    options = SamplingOptions(max_images=2, max_tokens=settings.reply_tokens, seed=settings.seed)
+    options = default_options(bundle, max_images=2, max_tokens=settings.reply_tokens, seed=settings.seed)
     replies = answers(bundle, prompts, options, advance)
     result = []
     for number, (row, reply) in enumerate(zip(rows, replies, strict=True)):

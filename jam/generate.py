@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from jam.decode.engine import SamplingOptions, encode_images
+from jam.decode.engine import SamplingOptions, default_options, encode_images
 from jam.decode.stream import Reply, replies
 from jam.default import default_model
 from jam.document import Document, ImagePart, Part, Role, TextPart
@@ -37,7 +37,7 @@ def run_generate(
         path: a model folder; None takes the shipped default.
         prompt: the user's text; each ``<image>`` in it stands for one of ``images``, without any they come first.
         out: a new or empty folder.
-        options: fields of :class:`jam.decode.engine.SamplingOptions`; None leaves the default.
+        options: fields of :class:`jam.decode.engine.SamplingOptions`; None leaves the model's default.
 
     Returns:
         ``out``.
@@ -48,8 +48,9 @@ def run_generate(
     out = Path(os.path.abspath(out))
     check_output(out)
     turn = user_turn(prompt, [open_image(Path(image)) for image in images])
-    settings = sampling_options(**options)
+    said = said_options(**options)
     bundle = load_bundle(default_model() if path is None else Path(path))
+    settings = default_options(bundle, **said)
     check_drawable(bundle, settings)
     document = encode_images(bundle, Document(with_role(bundle, turn)))
     (reply,) = replies(bundle, [document], settings)
@@ -60,13 +61,13 @@ def run_generate(
     return out
 
 
-def sampling_options(**given: float | str | None) -> SamplingOptions:
-    """Options with None for "not said"; whoever asks for an image alone gets one, unless a number is said.
+def said_options(**given: float | str | None) -> dict[str, float | str]:
+    """What was said of the options, checked; whoever asks for an image alone gets one, unless a number is said.
 
-    >>> sampling_options(seed=3, text_top_p=None).seed
-    3
-    >>> sampling_options(mode="image", max_images=None).max_images
-    1
+    >>> said_options(seed=3, text_top_p=None)
+    {'seed': 3}
+    >>> said_options(mode="image", max_images=None)
+    {'mode': 'image', 'max_images': 1}
 
     Raises:
         GenerationError: a value out of its range.
@@ -77,7 +78,9 @@ def sampling_options(**given: float | str | None) -> SamplingOptions:
     said = {name: value for name, value in given.items() if value is not None}
     if said.get("mode") == "image":
         said.setdefault("max_images", max(1, said.get("min_images", 1)))
-    return SamplingOptions(**said)
+    greedy = {"image_temperature": 0.0} if said.get("image_beams", 1) > 1 else {}
+    SamplingOptions(**(greedy | said))
+    return said
 
 
 def user_turn(text: str, images: Sequence[Image], images_first: bool = True) -> tuple[Part, ...]:

@@ -144,7 +144,7 @@ def joint_jam_file(image: Parent, method: str, text: Parent) -> JamFile:
     """jam.json of the result: the image parent's vocabulary (``merge.rows`` has checked the text parent against it)."""
     tokenizer = "image_tokenizer" if image.jam.image_tokenizer is not None else None
     fusion = {"method": method, "text": text.family.model_type, "image": image.family.model_type}
-    return JamFile(image.vocabulary, tokenizer, image.jam.unconditional, fusion)
+    return JamFile(image.vocabulary, tokenizer, image.jam.unconditional, fusion, image.jam.sampling)
 
 
 def single_table_config(parent: Parent, vocabulary: Vocabulary, dtype: str, **changes: object) -> dict:

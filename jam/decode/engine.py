@@ -5,20 +5,23 @@ Stages:
 2. Prefill of all prompts, and of one guidance row under each (``jam.decode.slots``).
 3. Loop: guide, restrict to the grammar, sample, yield, feed one slot; replies that are done leave the batch.
 
+With ``image_beams`` an image is not sampled but searched for: its reply splits into beams (lanes of the batch) at the
+first code, the likeliest continuations of all of them go on, and with the last code the likeliest image is chosen.
+
 The loop without a cache, in ``jam.decode.naive``, is the oracle of this one.
 
-Shapes: N rows that are still open, V vocabulary.
+Shapes: N rows that are still open, L lanes of the batch, V vocabulary, K codes.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from jam.decode import sampling
-from jam.decode.grammar import Mode, Phase, Row, Rules, Step
+from jam.decode.grammar import Kind, Mode, Phase, Row, Rules, Step
 from jam.decode.slots import Slots
 from jam.document import Document
 from jam.errors import GenerationError
@@ -30,7 +33,8 @@ from jam.tokens.render import render
 class SamplingOptions:
     """How to reply. ``max_tokens`` counts every token of the reply, image codes and controls included.
 
-    Mode ``image`` makes at least one image and no text. Guidance scale 1 is off and costs nothing.
+    Mode ``image`` makes at least one image and no text. Guidance scale 1 is off and costs nothing. ``image_beams``
+    above 1 searches for the likeliest image (needs ``image_temperature`` 0) in so many lanes of the batch.
 
     Raises:
         GenerationError: a value outside its range; the message gives it.
@@ -46,6 +50,7 @@ class SamplingOptions:
     image_temperature: float = 1.0
     image_top_p: float = 0.95
     image_top_k: int | None = None
+    image_beams: int = 1
     guidance_scale: float = 3.0
 
     def __post_init__(self) -> None:
@@ -58,8 +63,39 @@ class SamplingOptions:
         _check(
             "image_top_k", self.image_top_k, self.image_top_k is None or self.image_top_k >= 1, "at least 1, or none"
         )
+        _check("image_beams", self.image_beams, 1 <= self.image_beams <= 64, "from 1 (no search) to 64")
+        _check(
+            "image_temperature",
+            self.image_temperature,
+            self.image_beams == 1 or self.image_temperature == 0,
+            f"0 with image_beams {self.image_beams}, which search for the likeliest image and draw nothing by chance",
+        )
         _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
         _check("seed", self.seed, 0 <= self.seed <= sampling.MAX_SEED, f"from 0 to {sampling.MAX_SEED}")
+
+
+def default_options(bundle: Bundle, **said: float | str | None) -> SamplingOptions:
+    """The model's own defaults (``sampling`` in its jam.json) under what is said; None is not said.
+
+    An image temperature above 0 without a word on beams turns the search off, and beams without a word on the
+    temperature turn chance off: one of the two has to give way.
+
+    Raises:
+        GenerationError: a value out of its range, or a default that is no option.
+    """
+    said = {name: value for name, value in said.items() if value is not None}
+    defaults = dict(bundle.sampling)
+    if said.get("image_temperature"):
+        defaults.pop("image_beams", None)
+    elif said.get("image_beams", 1) > 1:
+        defaults["image_temperature"] = 0.0
+    try:
+        return SamplingOptions(**(defaults | said))
+    except TypeError as error:
+        known = ", ".join(field.name for field in fields(SamplingOptions))
+        raise GenerationError(
+            f"{bundle.path}: jam.json's sampling {bundle.sampling} does not hold ({error}); names are {known}, mend it"
+        ) from None
 
 
 def _check(name: str, value: float | None, holds: bool, required: str) -> None:
@@ -84,6 +120,10 @@ class Job:
         """Whether any image may need the unconditional stream."""
         draws = self.rules.can_draw and self.rules.mode != "text" and self.rules.max_images > 0
         return draws and self.options.guidance_scale != 1
+
+    def searches(self, index: int) -> bool:
+        """Whether a row is inside an image that beams search for."""
+        return self.options.image_beams > 1 and self.rows[index].phase is Phase.IMAGE
 
     def take(self, tokens: dict[int, int], position: int) -> list[Step]:
         """Advances the rows by their tokens."""
@@ -190,9 +230,7 @@ def choose(
     writing = [n for n, i in enumerate(indices) if job.rows[i].phase is not Phase.IMAGE]
     if drawing:
         span = rules.vocabulary.image_span
-        logits = _wide(cond_NV[drawing, span.start : span.stop])
-        if uncond_NV is not None:
-            logits = sampling.cfg(logits, _wide(uncond_NV[drawing, span.start : span.stop]), options.guidance_scale)
+        logits = code_logits(job, cond_NV[drawing], None if uncond_NV is None else uncond_NV[drawing])
         logits = sampling.temperature(logits, options.image_temperature)
         logits = sampling.top_p(sampling.top_k(logits, options.image_top_k), options.image_top_p)
         tokens = sampling.sample(logits, uniforms[drawing].to(logits.device)) + span.start
@@ -204,6 +242,48 @@ def choose(
         tokens = sampling.sample(logits, uniforms[writing].to(logits.device))
         chosen |= dict(zip((indices[n] for n in writing), tokens.tolist(), strict=True))
     return {index: chosen[index] for index in indices}
+
+
+def code_logits(job: Job, cond_NV: Tensor, uncond_NV: Tensor | None) -> Tensor:
+    """Guided logits [N, K] of the codes alone."""
+    span = job.rules.vocabulary.image_span
+    logits = _wide(cond_NV[:, span.start : span.stop])
+    if uncond_NV is None:
+        return logits
+    return sampling.cfg(logits, _wide(uncond_NV[:, span.start : span.stop]), job.options.guidance_scale)
+
+
+@dataclass
+class Search:
+    """The beams of one image: log probabilities [W] and ids int64 [W, codes so far]."""
+
+    job: Job
+    index: int
+    position: int  # of the first code in the reply
+    scores: Tensor
+    ids: Tensor
+
+    @classmethod
+    def begin(cls, job: Job, index: int, position: int) -> "Search":
+        return cls(job, index, position, torch.zeros(1), torch.zeros(1, 0, dtype=torch.int64))
+
+    def extend(self, cond_WV: Tensor, uncond_WV: Tensor | None) -> list[int]:
+        """Goes on by one code, the last one by the likeliest image alone; the beam that each new one continues."""
+        row, rules = self.job.rows[self.index], self.job.rules
+        last = row.codes + 1 == rules.vocabulary.codes_per_image
+        logits = sampling.top_k(code_logits(self.job, cond_WV, uncond_WV), self.job.options.image_top_k).cpu()
+        scores = self.scores.to(logits.dtype)
+        self.scores, beams, codes = sampling.extend_beams(scores, logits, 1 if last else self.job.options.image_beams)
+        self.ids = torch.cat([self.ids[beams], codes[:, None] + rules.vocabulary.image_span.start], dim=1)
+        row.advance(int(self.ids[0, -1]))
+        return beams.tolist()
+
+    def steps(self) -> list[Step]:
+        """The codes of the image, once the row has left it; else none."""
+        if self.job.rows[self.index].phase is Phase.IMAGE:
+            return []
+        ids = enumerate(self.ids[0].tolist(), self.position)
+        return [Step(self.index, position, token, Kind.CODE, None) for position, token in ids]
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -227,7 +307,8 @@ def generate(
             options and its stream, not on its neighbours.
 
     Yields:
-        Steps; within one position in the order of the rows.
+        Steps; within one position in the order of the rows. The codes of an image that beams search for come together,
+        when it is found.
 
     Raises:
         GenerationError: at the call, not at the first step; see ``prepare``.
@@ -238,12 +319,35 @@ def generate(
 
 def _run(bundle: Bundle, job: Job) -> Iterator[Step]:
     slots = Slots(bundle, job.prompts, job.prefix if job.guided else None, max(row.room for row in job.rows))
-    cond_NV, uncond_NV = slots.prefill()
+    cond_LV, uncond_LV = slots.prefill()
+    lanes = {index: [lane] for lane, index in enumerate(job.open_rows())}
+    searches: dict[int, Search] = {}
     position = 0
     while True:
-        steps = job.take(choose(job, position, job.open_rows(), cond_NV, uncond_NV), position)
-        yield from steps
-        if not job.open_rows():
+        # each open row's next tokens, each with the lane that it goes on from
+        found: dict[int, list[tuple[int, int, Kind]]] = {}
+        plain = [index for index in lanes if not job.searches(index)]
+        at = [lanes[index][0] for index in plain]
+        chosen = choose(job, position, plain, cond_LV[at], None if uncond_LV is None else uncond_LV[at])
+        for index in lanes:
+            if index in chosen:
+                steps = job.take({index: chosen[index]}, position)
+                found[index] = [(lanes[index][0], steps[0].token, steps[0].kind)]
+            else:
+                search = searches.setdefault(index, Search.begin(job, index, position))
+                own = lanes[index]
+                beams = search.extend(cond_LV[own], None if uncond_LV is None else uncond_LV[own])
+                tokens = search.ids[:, -1].tolist()
+                found[index] = [(own[beam], token, Kind.CODE) for beam, token in zip(beams, tokens, strict=True)]
+                if steps := search.steps():
+                    del searches[index]
+            yield from steps
+        rows = job.open_rows()
+        if not rows:
             return
-        cond_NV, uncond_NV = slots.feed(steps)
+        fed = [item for index in rows for item in found[index]]
+        slots.select([lane for lane, _, _ in fed])
+        cond_LV, uncond_LV = slots.feed([(token, kind) for _, token, kind in fed])
+        owners = [index for index in rows for _ in found[index]]
+        lanes = {index: [lane for lane, owner in enumerate(owners) if owner == index] for index in rows}
         position += 1

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from jam.decode.engine import Job, SamplingOptions, choose, prepare
+from jam.decode.engine import Job, SamplingOptions, Search, choose, prepare
 from jam.decode.grammar import Phase, Step
 from jam.document import Document
 from jam.models.heads import next_heads
@@ -34,6 +34,12 @@ def _run_row(bundle: Bundle, job: Job, index: int) -> Iterator[Step]:
     ids = list(job.prompts[index])
     position = 0
     while row.phase is not Phase.DONE:
+        if job.searches(index):
+            steps = _search(bundle, job, index, ids, position)
+            yield from steps
+            ids += [step.token for step in steps]
+            position += len(steps)
+            continue
         cond = _last_logits(bundle, ids)
         uncond = None
         if job.guided and row.phase is Phase.IMAGE:
@@ -43,6 +49,19 @@ def _run_row(bundle: Bundle, job: Job, index: int) -> Iterator[Step]:
         yield step
         ids.append(step.token)
         position += 1
+
+
+def _search(bundle: Bundle, job: Job, index: int, ids: list[int], position: int) -> list[Step]:
+    """The codes of an image that beams search for, every beam from its beginning at every step."""
+    search, begin = Search.begin(job, index, position), bundle.vocabulary.controls["begin_image"]
+    while job.searches(index):
+        beams = search.ids.tolist()
+        cond = torch.cat([_last_logits(bundle, [*ids, *codes]) for codes in beams])
+        uncond = None
+        if job.guided:
+            uncond = torch.cat([_last_logits(bundle, [*job.prefix, begin, *codes]) for codes in beams])
+        search.extend(cond, uncond)
+    return search.steps()
 
 
 @torch.inference_mode()

@@ -134,6 +134,29 @@ def cd_k(p_exp: Tensor, p_ama: Tensor, alpha: float, k: int) -> Tensor:
     return restrict(scores, (p_exp >= threshold) & (p_exp > 0))
 
 
+def extend_beams(scores: Tensor, logits: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of beam search: the ``width`` likeliest continuations of all beams together.
+
+    Two beams of log probability -1 and -2 over three ids; the likeliest three continuations are two of the first
+    beam and one of the second:
+
+    >>> logits = torch.tensor([[0.5, 0.4, 0.1], [0.9, 0.05, 0.05]]).log()
+    >>> scores, beams, ids = extend_beams(torch.tensor([-1.0, -2.0]), logits, 3)
+    >>> beams.tolist(), ids.tolist()
+    ([0, 0, 1], [0, 1, 0])
+
+    Args:
+        scores: [W] log probabilities of the beams.
+        logits: [W, V] of their next ids; they are normalised here.
+
+    Returns:
+        scores [M], likeliest first; int64 [M], the beam each goes on from; int64 [M], its id; M = min(width, W V).
+    """
+    totals = (scores[:, None] + torch.log_softmax(logits, dim=-1)).flatten()
+    best, at = totals.topk(min(width, totals.numel()))
+    return best, at // logits.shape[-1], at % logits.shape[-1]
+
+
 def uniform(seed: int, row: int, position: int) -> float:
     """A number in [0, 1) from Philox (Salmon et al., SC 2011) with key (seed, row) and counter ``position``.
 

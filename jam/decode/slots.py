@@ -14,8 +14,11 @@ and its positions go on from the prefix, so an image costs no second prefill:
 Masks are explicit, 4D, over slots, and so are positions: learned positions would otherwise count the gaps.
 Nothing here samples or knows the grammar.
 
-Shapes: R replies still open, B batch rows (R, or 2R with guidance, replies first), P prompt slots, S slots,
-V vocabulary.
+A reply has one lane, or several while its image is searched for with beams: ``select`` copies, reorders and drops
+lanes.
+
+Shapes: L lanes of the replies still open, B batch rows (L, or 2L with guidance, the replies' lanes first), P prompt
+slots, S slots, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -23,7 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jam.decode.grammar import Kind, Step
+from jam.decode.grammar import Kind
 from jam.models.heads import next_heads
 from jam.models.load import Bundle
 from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD
@@ -41,7 +44,7 @@ class Slots:
     def __init__(self, bundle: Bundle, prompts: Sequence[Sequence[int]], prefix: Sequence[int] | None, room: int):
         self.bundle, self.prefix = bundle, prefix
         self.device = bundle.model.device
-        self.open = list(range(len(prompts)))
+        self.lanes = len(prompts)
         self.starts = [*prompts, *([] if prefix is None else [prefix] * len(prompts))]
         self.width = max(len(ids) for ids in self.starts)
         self.pad = bundle.vocabulary.controls.get("pad", bundle.vocabulary.controls["eos"])
@@ -53,7 +56,7 @@ class Slots:
         self.cache = None
 
     def prefill(self) -> tuple[Tensor, Tensor | None]:
-        """Logits after the prompts: [R, V] of the replies, [R, V] of their guidance rows or None."""
+        """Logits after the prompts: [L, V] of the lanes, one a prompt, [L, V] of their guidance rows or None."""
         ids_BP = torch.full((len(self.starts), self.width), self.pad)
         positions_BP = torch.zeros_like(ids_BP)
         for row, ids in enumerate(self.starts):
@@ -65,27 +68,23 @@ class Slots:
         heads_BP = next_heads(ids_BP, self.bundle.vocabulary)
         return self._forward(ids_BP, heads_BP, mask_BPP, positions_BP)
 
-    def feed(self, steps: Sequence[Step]) -> tuple[Tensor, Tensor | None]:
-        """Puts the tokens of the open replies, one each in their order, into the next slot; logits as ``prefill``.
-
-        Replies whose step is their last leave the batch first.
-        """
-        self._close([step.row for step in steps if step.stop is None])
+    def feed(self, tokens: Sequence[tuple[int, Kind]]) -> tuple[Tensor, Tensor | None]:
+        """Puts one token a lane into the next slot; logits as ``prefill``."""
         batch, slot = len(self.seen_BS), self.filled
         ids_B = torch.full((batch,), self.pad)
         positions_B = torch.zeros(batch, dtype=torch.int64)
         heads_B = torch.full((batch,), TEXT_HEAD)
-        for row, step in enumerate(step for step in steps if step.stop is None):
-            live = [row]
-            drawing = step.kind in (Kind.BEGIN, Kind.CODE)
+        for lane, (token, kind) in enumerate(tokens):
+            live = [lane]
+            drawing = kind in (Kind.BEGIN, Kind.CODE)
             if self.prefix is not None and drawing:
-                guidance = len(self.open) + row
+                guidance = self.lanes + lane
                 live.append(guidance)
-                if step.kind is Kind.BEGIN:  # back to the prefix: earlier images and the text between stay hidden
+                if kind is Kind.BEGIN:  # back to the prefix: earlier images and the text between stay hidden
                     self.seen_BS[guidance] = False
                     self.seen_BS[guidance, self.width - len(self.prefix) : self.width] = True
                     self.next_B[guidance] = len(self.prefix)
-            ids_B[live], positions_B[live] = step.token, self.next_B[live]
+            ids_B[live], positions_B[live] = token, self.next_B[live]
             heads_B[live] = IMAGE_HEAD if drawing else TEXT_HEAD
             self.next_B[live] += 1
             self.seen_BS[live, slot] = True
@@ -94,16 +93,15 @@ class Slots:
         mask_B1S[:, :, slot] = True  # rows that wait see their padding now and hide it later
         return self._forward(ids_B[:, None], heads_B[:, None], mask_B1S, positions_B[:, None])
 
-    def _close(self, still_open: list[int]) -> None:
-        """Takes finished replies and their guidance rows out of the batch: a long reply does not pay for short ones."""
-        if len(still_open) == len(self.open):
+    def select(self, lanes: Sequence[int]) -> None:
+        """The lanes from now on, each as a copy of a lane up to now, guidance row included. Replies that are done are
+        left out, so that a long reply does not pay for short ones."""
+        if list(lanes) == list(range(self.lanes)):
             return
-        keep = [self.open.index(reply) for reply in still_open]
-        if self.prefix is not None:
-            keep += [len(self.open) + row for row in keep]
-        self.open = still_open
-        self.seen_BS, self.next_B = self.seen_BS[keep], self.next_B[keep]
-        self.cache.batch_select_indices(torch.tensor(keep, device=self.device))
+        rows = [*lanes, *([] if self.prefix is None else (self.lanes + lane for lane in lanes))]
+        self.lanes = len(lanes)
+        self.seen_BS, self.next_B = self.seen_BS[rows], self.next_B[rows]
+        self.cache.batch_select_indices(torch.tensor(rows, device=self.device))
 
     @torch.inference_mode()
     def _forward(
@@ -117,5 +115,5 @@ class Slots:
             past_key_values=self.cache,
             use_cache=True,
         )
-        logits_BV, replies = logits_BTV[:, -1], len(self.open)
-        return logits_BV[:replies], None if self.prefix is None else logits_BV[replies:]
+        logits_BV = logits_BTV[:, -1]
+        return logits_BV[: self.lanes], None if self.prefix is None else logits_BV[self.lanes :]

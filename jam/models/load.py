@@ -12,7 +12,7 @@ Shapes: B batch, T query tokens, S key slots, V vocabulary.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -44,6 +44,7 @@ class Bundle:
     Attributes:
         image: None for a model that makes no images.
         unconditional: names of the controls that stand for "no condition" before an image.
+        sampling: the model's own defaults of ``jam.decode.engine.SamplingOptions``.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Bundle:
     text: TextTokenizer
     image: ImageTokenizer | None
     unconditional: tuple[str, ...]
+    sampling: dict = field(default_factory=dict)
 
     @cached_property
     def _allowed_2V(self) -> Tensor:
@@ -139,7 +141,7 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32) -> Bundle:
         )
     image = None if record.image_tokenizer is None else ImageTokenizer.load(path / record.image_tokenizer)
     model = load_model(path, checkpoint.config, dtype)
-    bundle = Bundle(path, model, record.vocabulary, text, image, record.unconditional)
+    bundle = Bundle(path, model, record.vocabulary, text, image, record.unconditional, record.sampling)
     _check_parts(bundle)
     return bundle
 

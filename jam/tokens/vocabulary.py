@@ -9,7 +9,7 @@ has two.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -131,13 +131,15 @@ class JamFile:
     """``jam.json``: what a checkpoint folder says beyond transformers' own files.
 
     ``unconditional`` names the controls that stand for "no condition" before an image (classifier-free guidance);
-    ``image_tokenizer`` is a subfolder, or None for a text model; ``fusion`` is the merge's record or None.
+    ``image_tokenizer`` is a subfolder, or None for a text model; ``fusion`` is the merge's record or None; ``sampling``
+    holds the model's own defaults of ``jam.decode.engine.SamplingOptions``.
     """
 
     vocabulary: Vocabulary
     image_tokenizer: str | None = None
     unconditional: tuple[str, ...] = ("bos", "mask", "begin_image")
     fusion: dict | None = None
+    sampling: dict = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> "JamFile":
@@ -152,6 +154,7 @@ class JamFile:
                 raw["image_tokenizer"],
                 tuple(raw["unconditional"]),
                 raw["fusion"],
+                raw.get("sampling", {}),
             )
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path}: {error!r}; the file is damaged, restore it from its source") from None
@@ -173,6 +176,8 @@ class JamFile:
             )
         if not (self.fusion is None or isinstance(self.fusion, dict)):
             raise CheckpointError(f"{path}: fusion is {self.fusion!r}; a mapping or null is required, mend the file")
+        if not isinstance(self.sampling, dict):
+            raise CheckpointError(f"{path}: sampling is {self.sampling!r}; a mapping is required, mend the file")
 
     def write(self, folder: Path) -> None:
         raw = {
@@ -182,4 +187,6 @@ class JamFile:
             "unconditional": list(self.unconditional),
             "fusion": self.fusion,
         }
+        if self.sampling:
+            raw["sampling"] = self.sampling
         (Path(folder) / "jam.json").write_text(json.dumps(raw, indent=2) + "\n")

@@ -23,6 +23,10 @@ TEXT_CONTROLS = {"bos": 0, "pad": 1, "eos": 2}
 ALL_CONTROLS = TEXT_CONTROLS | {"mask": 3, "infill": 4, "begin_image": 5, "end_image": 5, "user": 6, "assistant": 7}
 
 
+# of what was tried on the tuned model, what showed the asked label most often (docs/log.md, *How to draw*)
+SAMPLING = {"image_temperature": 0.0, "image_beams": 4, "guidance_scale": 1.0}
+
+
 def config(vocab_size: int) -> OPTConfig:
     return OPTConfig(
         vocab_size=vocab_size,
@@ -66,7 +70,7 @@ def write(folder: Path, vocabulary: Vocabulary, vq: Path | None, seed: int) -> N
     if vq:
         VQModel.load(vq)  # refuses a damaged one
         shutil.copytree(vq, folder / "image_tokenizer", dirs_exist_ok=True)
-    JamFile(vocabulary, "image_tokenizer" if vq else None).write(folder)
+    JamFile(vocabulary, "image_tokenizer" if vq else None, sampling=SAMPLING if vq else {}).write(folder)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw
 
 from finetune import mini_data
 from finetune.sources import mini_codes
-from jam.decode.engine import SamplingOptions, generate
+from jam.decode.engine import SamplingOptions, default_options, generate
 from jam.decode.stream import ReplyStream
 from jam.document import CodesPart, Document, TextPart
 from jam.models.load import Bundle, load_bundle
@@ -97,11 +97,9 @@ def choose(kind: str, count: int, seed: int) -> list[dict]:
 
 
 def draw(
-    bundle: Bundle, rows: list[dict], seed: int, guidance: float, batch: int
+    bundle: Bundle, rows: list[dict], options: SamplingOptions, batch: int
 ) -> Iterator[tuple[CodesPart, Image.Image]]:
     """One image a row, in order."""
-    length = bundle.vocabulary.codes_per_image + 3
-    options = SamplingOptions(mode="image", max_images=1, max_tokens=length, seed=seed, guidance_scale=guidance)
     for at in range(0, len(rows), batch):
         part = rows[at : at + batch]
         prompts = [Document((TextPart(mini_data.caption_for(row)),)) for row in part]
@@ -141,10 +139,17 @@ def contact_sheet(pairs: list[tuple[Image.Image, Image.Image]], rows: list[dict]
     return sheet
 
 
+def sampling(bundle: Bundle, options: argparse.Namespace) -> SamplingOptions:
+    """The model's own defaults, but for what the command line says."""
+    said = {"guidance_scale": options.guidance, "image_beams": options.beams, "seed": options.seed}
+    length = bundle.vocabulary.codes_per_image + 3
+    return default_options(bundle, mode="image", max_images=1, max_tokens=length, **said)
+
+
 def judge(bundle: Bundle, kind: str, options: argparse.Namespace, network: torch.nn.Module, hits: Callable) -> Result:
     archive, rows = mini_data.ImageArchive(), choose(kind, options.labels, options.seed)
     print(f"{kind}: {len(rows)} labels", flush=True)
-    drawn = list(draw(bundle, rows, options.seed, options.guidance, options.batch))
+    drawn = list(draw(bundle, rows, sampling(bundle, options), options.batch))
     real = [archive.open(row["file"]) for row in rows]
     ceiling = bundle.image.decode(bundle.image.encode(real))
     found = hits(features(network, [image for _, image in drawn]), rows)
@@ -164,7 +169,8 @@ def main() -> None:
     parser.add_argument("--labels", type=int, default=200)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--guidance", type=float, default=SamplingOptions().guidance_scale)
+    parser.add_argument("--guidance", type=float, help="guidance scale; default: the model's own")
+    parser.add_argument("--beams", type=int, help="image beams; default: the model's own")
     parser.add_argument("--batch", type=int, default=50)
     options = parser.parse_args()
     if options.model is None:
@@ -189,7 +195,7 @@ def main() -> None:
         "nearest": NEAREST,
         "real_images": len(mini_data.image_rows()),
         "seed": options.seed,
-        "guidance_scale": options.guidance,
+        "sampling": asdict(sampling(bundle, options)),
         "seconds": round(time.perf_counter() - began, 1),
         "kinds": {kind: asdict(result) for kind, result in results.items()},
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from jam.decode.engine import SamplingOptions, encode_images, generate
+from jam.decode.engine import SamplingOptions, default_options, encode_images, generate
 from jam.decode.grammar import Kind
 from jam.document import Document, ImagePart, TextPart
 from jam.errors import DataError, GenerationError
@@ -41,6 +41,8 @@ def prompt(tokens: int) -> Document:
         ({"text_top_p": 0.0}, ["text_top_p is 0.0", "above 0 and at most 1"]),
         ({"image_top_p": 1.5}, ["image_top_p is 1.5"]),
         ({"image_top_k": 0}, ["image_top_k is 0"]),
+        ({"image_beams": 0, "image_temperature": 0.0}, ["image_beams is 0", "from 1"]),
+        ({"image_beams": 4, "image_temperature": 0.7}, ["image_temperature is 0.7", "0 with image_beams 4"]),
         ({"max_tokens": 0}, ["max_tokens is 0"]),
         ({"guidance_scale": math.inf}, ["guidance_scale is inf"]),
         ({"seed": -1}, ["seed is -1"]),
@@ -123,3 +125,20 @@ def test_iteration_may_stop_anywhere(bundle: Bundle) -> None:
     first = next(steps)
     steps.close()
     assert first == next(iter(generate(bundle, [prompt(4)], SamplingOptions(max_tokens=50))))
+
+
+def test_a_model_brings_its_own_defaults_and_what_is_said_wins(bundle: Bundle) -> None:
+    ours = replace(bundle, sampling={"image_temperature": 0.0, "image_beams": 4, "guidance_scale": 1.0})
+    found = default_options(ours, seed=5, guidance_scale=None)
+    assert (found.image_beams, found.guidance_scale, found.seed) == (4, 1.0, 5)
+    assert default_options(ours, guidance_scale=2.0).guidance_scale == 2.0
+    # of a search and chance one has to give way
+    warm = default_options(ours, image_temperature=0.7)
+    assert (warm.image_beams, warm.image_temperature) == (1, 0.7)
+    assert default_options(bundle, image_beams=2).image_temperature == 0.0
+
+
+@pytest.mark.parametrize("sampling", [{"image_beam": 4}, {"image_beams": "4"}])
+def test_defaults_that_are_none_are_refused(bundle: Bundle, sampling: dict) -> None:
+    with pytest.raises(GenerationError, match=r"jam\.json's sampling"):
+        default_options(replace(bundle, sampling=sampling))

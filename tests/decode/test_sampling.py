@@ -155,3 +155,20 @@ def test_bad_values_are_refused_with_the_number(call, words: list[str]) -> None:
     with pytest.raises(GenerationError) as caught:
         call()
     assert all(word in str(caught.value) for word in words)
+
+
+def test_beams_wide_enough_find_the_likeliest_sequence() -> None:
+    """A chain over three ids: four steps of search against all 81 sequences."""
+    chain = torch.rand(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log_softmax(-1) * 3
+    chain = chain.log_softmax(-1)
+    everything = torch.cartesian_prod(*[torch.arange(3)] * 4)
+    first = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
+    totals = first[everything[:, 0]] + sum(chain[everything[:, n], everything[:, n + 1]] for n in range(3))
+    for width in (27, 100):
+        scores, ids = torch.zeros(1, dtype=torch.float64), torch.zeros(1, 0, dtype=torch.int64)
+        for step in range(4):
+            logits = first[None] if step == 0 else chain[ids[:, -1]]
+            scores, beams, new = sampling.extend_beams(scores, logits, width if step < 3 else 1)
+            ids = torch.cat([ids[beams], new[:, None]], dim=1)
+        assert ids.tolist() == [everything[totals.argmax()].tolist()]
+        torch.testing.assert_close(scores[0], totals.max())

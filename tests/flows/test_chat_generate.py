@@ -149,9 +149,9 @@ def talk(monkeypatch: pytest.MonkeyPatch, lines: list[str], model: Path, *option
 @pytest.fixture
 def drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every reply has an image: an untrained model would open one about once in three hundred tokens."""
-    real = jam.chat.sampling_options
+    real = jam.chat.said_options
     forced = {"min_images": 1, "max_images": 1, "max_tokens": 30}
-    monkeypatch.setattr("jam.chat.sampling_options", lambda **given: real(**given, **forced))
+    monkeypatch.setattr("jam.chat.said_options", lambda **given: real(**given, **forced))
 
 
 def test_chat_piped(fused: Path, tmp_path: Path) -> None:
@@ -246,8 +246,8 @@ def test_chat_survives_a_refused_save_and_foreign_bytes(fused: Path, tmp_path: P
 def test_chat_drops_the_oldest_turns_loudly(
     fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = jam.chat.sampling_options
-    monkeypatch.setattr("jam.chat.sampling_options", lambda **given: real(**given, max_tokens=90))
+    real = jam.chat.said_options
+    monkeypatch.setattr("jam.chat.said_options", lambda **given: real(**given, max_tokens=90))
     assert talk(monkeypatch, ["a" * 60, "b" * 60, "c" * 60], fused, "--out", str(tmp_path)) == 0
     assert "oldest turns are forgotten" in capsys.readouterr().out
 

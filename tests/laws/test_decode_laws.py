@@ -56,6 +56,33 @@ def test_cached_batched_guided_is_naive(bundle: Bundle, seed: int, scale: float)
     assert set(fast) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_beams_are_naive(bundle: Bundle, scale: float) -> None:
+    """Rows that write, rows that search and rows that are done share the batch; steps of a search come late."""
+    settings = {"image_beams": 3, "image_temperature": 0.0, "guidance_scale": scale, "max_images": 2}
+    options = replace(LIVELY, **settings)
+    fast, slow = rows(run(bundle, **settings)), rows(list(generate_naive(bundle, PROMPTS, options)))
+    assert fast == slow
+    assert all([step.position for step in steps] == list(range(len(steps))) for steps in fast.values())
+
+
+def test_beams_find_what_one_code_after_another_misses(bundle: Bundle) -> None:
+    settings = {"image_temperature": 0.0, "guidance_scale": 1.0}
+    differing = [
+        rows(run(bundle, seed=seed, image_beams=8, **settings)) != rows(run(bundle, seed=seed, **settings))
+        for seed in range(4)
+    ]
+    assert any(differing)
+
+
+def test_a_search_does_not_see_its_neighbours(bundle: Bundle) -> None:
+    settings = {"image_beams": 4, "image_temperature": 0.0, "guidance_scale": 2.0}
+    together = rows(run(bundle, **settings))
+    for row, prompt in enumerate(PROMPTS):
+        alone = run(bundle, [prompt], [row], **settings)
+        assert [replace(step, row=row) for step in alone] == together[row]
+
+
 def test_the_streams_of_these_laws_are_not_vacuous(bundle: Bundle) -> None:
     """Text after an image, several images, rows that end apart: otherwise the laws above would say little."""
     found = [rows(run(bundle, seed=seed)) for seed in range(3)]
