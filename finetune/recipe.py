@@ -39,6 +39,18 @@ class Source(Section):
     )
     loss: ModalityWeights = Field(ModalityWeights(), description="loss weights within this source")
     limit: int | None = Field(None, ge=1, description="use only the first so many documents; null is all")
+    joined: int = Field(
+        1,
+        ge=1,
+        description="up to so many conversations one after another as one, where data.seq_len holds them: a user who "
+        "changes the subject",
+    )
+
+    @model_validator(mode="after")
+    def _joins_conversations(self) -> "Source":
+        if self.joined > 1 and self.kind != "conversations":
+            raise ValueError(f"joined is {self.joined} with kind {self.kind}; only conversations are joined, remove it")
+        return self
 
 
 class DataSection(Section):

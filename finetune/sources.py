@@ -8,7 +8,7 @@ varies between epochs (the wording of a caption) is drawn from a generator keyed
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
@@ -38,7 +38,8 @@ class Source:
     """Documents of one kind, ready to render.
 
     ``make(index, form_draw)`` gives the document; ``form_draw`` in [0, 1) chooses among wordings. ``conditioned``:
-    CM3 and condition drop apply (plain documents; conversations stay causal).
+    CM3 and condition drop apply (plain documents; conversations stay causal). ``joined``: up to so many documents make
+    one, the last of them being the one asked for.
     """
 
     name: str
@@ -47,6 +48,13 @@ class Source:
     conditioned: bool
     loss_text: float
     loss_image: float
+    joined: int = 1
+
+    def earlier(self, index: int, draw: float) -> Iterator[Document]:
+        """What may be said before a document: 0 to ``joined`` - 1 others, each number as often."""
+        generator = keyed(index, int(draw * 2**53))
+        for _ in range(int(generator.integers(self.joined))):
+            yield self.make(int(generator.integers(self.size)), float(generator.random()))
 
 
 def encode_cached(
@@ -144,8 +152,10 @@ def _mini_captions(
     return len(rows), make
 
 
-def _mini_scenes(bundle: Bundle, name: str, progress: Progress | None) -> tuple[int, Callable[[int, float], Document]]:
-    archive, scenes = mini_data.ImageArchive(), mini_data.scenes("train")
+def _mini_scenes(
+    bundle: Bundle, name: str, progress: Progress | None, limit: int | None
+) -> tuple[int, Callable[[int, float], Document]]:
+    archive, scenes = mini_data.ImageArchive(), mini_data.scenes("train")[:limit]
     keys = [f"{mini_data.image_set_digest()}/{scene.key}" for scene in scenes]
     codes = encode_cached(_image_tokenizer(bundle, name), keys, lambda i: scenes[i].image(archive), progress)
     return len(scenes), lambda index, draw: _caption_document(scenes[index].caption, codes[index], False)
@@ -270,13 +280,13 @@ def open_source(name: str, recipe: SourceRecipe, bundle: Bundle, progress: Progr
     elif recipe.kind == "captions":
         size, make = _mini_captions(bundle, name, progress)
     elif recipe.kind == "scenes":
-        size, make = _mini_scenes(bundle, name, progress)
+        size, make = _mini_scenes(bundle, name, progress, recipe.limit)
     else:
         size, make = _mini_conversations(bundle, name, progress)
     if recipe.limit is not None:
         size = min(size, recipe.limit)
     conditioned = recipe.kind != "conversations"
-    return Source(name, size, make, conditioned, recipe.loss.text, recipe.loss.image)
+    return Source(name, size, make, conditioned, recipe.loss.text, recipe.loss.image, recipe.joined)
 
 
 def pieces(source: Source, bundle: Bundle, index: int, draw: float, seq_len: int) -> list[Tokens]:
@@ -285,7 +295,14 @@ def pieces(source: Source, bundle: Bundle, index: int, draw: float, seq_len: int
     Raises:
         DataError: a document with images is longer than ``seq_len``.
     """
-    tokens = render(source.make(index, draw), bundle.vocabulary, bundle.text)
+    document = source.make(index, draw)
+    tokens = render(document, bundle.vocabulary, bundle.text)
+    for other in source.earlier(index, draw):
+        document = Document((*other.parts, *document.parts))
+        longer = render(document, bundle.vocabulary, bundle.text)
+        if len(longer) > seq_len:
+            break
+        tokens = longer
     factors = np.where(tokens.heads == IMAGE_HEAD, source.loss_image, source.loss_text).astype(np.float32)
     tokens = Tokens(tokens.ids, tokens.heads, tokens.weights * factors, tokens.segments)
     if len(tokens) <= seq_len:

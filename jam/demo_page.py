@@ -91,7 +91,10 @@ def facts(bench: Workbench, measured: dict) -> list[tuple[str, str]]:
     versions = [("jam", __version__), ("python", platform.python_version())]
     versions += [(name, version(name)) for name in packages]
     return [
-        ("continued pretraining", f"{settings.pretrain_tokens:,} tokens each fusion, half text and half captions"),
+        (
+            "continued pretraining",
+            f"{settings.pretrain_tokens:,} tokens each fusion, half text, half captioned images and scenes",
+        ),
         ("instruction tuning", f"{settings.tune_tokens:,} tokens, best fusion only"),
         ("sequences", f"{settings.seq_len} tokens, {settings.batch} a step, in {settings.precision}"),
         ("held out, each split", f"{split['text_bytes']:,} bytes of text, {split['captions']} captioned images"),

@@ -2,9 +2,9 @@
 
     python recipes/mini/ship.py parent --run runs/mini-text --name text
     python recipes/mini/ship.py parent --run runs/mini-image runs/mini-image-2 --name image --vq runs/vq runs/vq-sharp
-    python recipes/mini/ship.py chat --merged runs/mini-cross --run runs/mini-chat
+    python recipes/mini/ship.py chat --merged runs/mini-cross --run runs/mini-chat runs/mini-chat-2
 
-A parent is a whole folder; of several runs, one after another, the last has the weights. The chat model is the merge's
+Of several runs, one after another, the last has the weights. A parent is a whole folder. The chat model is the merge's
 recipe and the trained difference to it: the parents that it repeats are shipped already.
 """
 
@@ -56,11 +56,11 @@ def join_logs(runs: list[Path], out: Path) -> None:
         out.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def ship_chat(merged: Path, run: Path) -> None:
+def ship_chat(merged: Path, runs: list[Path]) -> None:
     CHAT.mkdir(parents=True, exist_ok=True)
-    record = write_difference(merged, run / "final", CHAT / "difference.safetensors", precision="int8")
+    record = write_difference(merged, runs[-1] / "final", CHAT / "difference.safetensors", precision="int8")
     (CHAT / "merge.yaml").write_text("kind: merge\nmethod: cross\nout: chat\n")
-    shutil.copyfile(run / "log.jsonl", CHAT / "log.jsonl")
+    join_logs(runs, CHAT / "log.jsonl")
     print(record)
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     parent.add_argument("--vq", type=Path, nargs="+", default=[], help="runs of the image tokenizer, in order")
     chat = verbs.add_parser("chat")
     chat.add_argument("--merged", type=Path, required=True)
-    chat.add_argument("--run", type=Path, required=True)
+    chat.add_argument("--run", type=Path, required=True, nargs="+", help="its runs, in order")
     args = parser.parse_args()
     if args.verb == "parent":
         ship_parent(args.run, MINI / args.name, args.vq)

@@ -14,6 +14,7 @@ from jam.document import CodesPart, TextPart
 from jam.errors import DataError
 from jam.models.load import Bundle, load_bundle
 from jam.tokens.image import open_image
+from jam.tokens.render import render
 from tests.tiny import CODES_PER_IMAGE, tiny_pair
 
 
@@ -204,3 +205,27 @@ def test_loss_weights_of_a_source_apply_by_modality(tmp_path, bundle):
     tokens = pieces(halved, bundle, 0, 0.0, 64)[0]
     assert set(tokens.weights[1:][tokens.heads[1:] == 0]) == {0.5}
     assert set(tokens.weights[tokens.heads == 1]) == {2.0}
+
+
+def test_joined_conversations_fit_and_end_in_the_one_asked_for(tmp_path: Path, bundle: Bundle) -> None:
+    """Always the same others before it, as many as the sequence holds."""
+    turns = [f"{word} and the other" for word in ("cat", "hat", "rain", "train", "thin", "tin")]
+    lines = [
+        {"messages": [{"role": "user", "content": turn}, {"role": "assistant", "content": turn[:3]}]} for turn in turns
+    ]
+    talk = source("conversations", write(tmp_path / "talk.jsonl", lines), bundle, joined=3)
+    user, counts = bundle.vocabulary.controls["user"], set()
+    for index in range(6):
+        for draw in (0.1, 0.4, 0.7):
+            (tokens,), (again,) = (pieces(talk, bundle, index, draw, 512) for _ in range(2))
+            own = render(talk.make(index, draw), bundle.vocabulary, bundle.text).ids.tolist()
+            assert tokens.ids.tolist() == again.ids.tolist() and tokens.ids[1 - len(own) :].tolist() == own[1:]
+            counts.add(int((tokens.ids == user).sum()))
+            (short,) = pieces(talk, bundle, index, draw, len(own))
+            assert short.ids.tolist() == own
+    assert counts == {1, 2, 3}
+
+
+def test_only_conversations_are_joined() -> None:
+    with pytest.raises(ValueError, match="only conversations are joined"):
+        SourceRecipe(kind="text", path="mini", weight=1.0, joined=2)
