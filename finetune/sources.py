@@ -51,10 +51,11 @@ class Source:
     joined: int = 1
 
     def earlier(self, index: int, draw: float) -> Iterator[Document]:
-        """What may be said before a document: 0 to ``joined`` - 1 others, each number as often."""
+        """What may be said before a document: 0 to ``joined`` - 1 others, each number as often, none of them twice."""
         generator = keyed(index, int(draw * 2**53))
-        for _ in range(int(generator.integers(self.joined))):
-            yield self.make(int(generator.integers(self.size)), float(generator.random()))
+        count = min(int(generator.integers(self.joined)), self.size - 1)
+        for step in generator.permutation(min(self.size - 1, 1 << 16))[:count].tolist():
+            yield self.make((index + 1 + step) % self.size, float(generator.random()))
 
 
 def encode_cached(
@@ -298,11 +299,12 @@ def pieces(source: Source, bundle: Bundle, index: int, draw: float, seq_len: int
     document = source.make(index, draw)
     tokens = render(document, bundle.vocabulary, bundle.text)
     for other in source.earlier(index, draw):
-        document = Document((*other.parts, *document.parts))
-        longer = render(document, bundle.vocabulary, bundle.text)
+        if (other.parts[-1].role, document.parts[0].role) != ("assistant", "user"):
+            continue  # two turns of one speaker would run into each other
+        longer = render(Document((*other.parts, *document.parts)), bundle.vocabulary, bundle.text)
         if len(longer) > seq_len:
             break
-        tokens = longer
+        document, tokens = Document((*other.parts, *document.parts)), longer
     factors = np.where(tokens.heads == IMAGE_HEAD, source.loss_image, source.loss_text).astype(np.float32)
     tokens = Tokens(tokens.ids, tokens.heads, tokens.weights * factors, tokens.segments)
     if len(tokens) <= seq_len:

@@ -205,7 +205,8 @@ def messages(turns: list[Turn]) -> list[dict]:
 
 
 class _Screen:
-    """Prints the events of one reply; a bar counts the codes of an image while it is drawn."""
+    """Prints the events of one reply; a bar counts the codes of an image while it is drawn, and swings to and fro while
+    it is searched for."""
 
     def __init__(self, console: Console, images_inline: bool):
         self.console = console
@@ -225,7 +226,7 @@ class _Screen:
                     self.bar = Progress(
                         TextColumn("drawing"), BarColumn(COLUMNS - 8), console=self.console, transient=True
                     )
-                    self.bar.add_task("codes")
+                    self.bar.add_task("codes", total=None)
                     self.bar.start()
             case ImageProgress():
                 if self.bar is not None:

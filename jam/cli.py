@@ -66,10 +66,12 @@ ModelFolder = Annotated[Path | None, typer.Argument(metavar="PATH", help="A mode
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the sampling; same seed, same reply.")]
 TextTemperature = Annotated[float | None, typer.Option("--temperature", min=0.0, help="Text temperature; 0 is greedy.")]
 TextTopP = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Text nucleus; 1 is off.")]
-ImageTemperature = Annotated[float | None, typer.Option(min=0.0, help="Image temperature; 0 is greedy.")]
-ImageTopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Image nucleus; 1 is off.")]
+ImageTemperature = Annotated[float | None, typer.Option(min=0.0, help="Image temperature, without beams; 0 is greedy.")]
+ImageTopP = Annotated[
+    float | None, typer.Option(min=0.0, max=1.0, help="Image nucleus, at temperatures above 0; 1 is off.")
+]
 ImageBeams = Annotated[
-    int | None, typer.Option(min=1, help="Beams that search for the likeliest image; 1 samples one code after another.")
+    int | None, typer.Option(min=1, help="Beams that search for the likeliest image; 1 takes one code after another.")
 ]
 Guidance = Annotated[float | None, typer.Option(min=0.0, help="Classifier-free guidance of images; 1 is off.")]
 

@@ -96,7 +96,8 @@ def choose(measured: dict[str, dict], parents: dict[str, float]) -> dict:
 
 
 def mix(settings: Settings, shares: dict[str, float]) -> dict:
-    """A recipe's ``data.mix`` of the shipped data; no more scenes than the budget reads, each has to be encoded."""
+    """A recipe's ``data.mix`` of the shipped data. Each scene has to be encoded: the first ``SCENES`` are more than any
+    budget here reads."""
     limits = dict.fromkeys(shares, settings.train_images) | {"scenes": min(settings.train_images or SCENES, SCENES)}
     return {
         kind: {"kind": kind, "path": "mini", "weight": share, "limit": limits[kind]} for kind, share in shares.items()

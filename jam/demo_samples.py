@@ -79,10 +79,11 @@ def held_out_losses(folder: Path, image_parent: Path, settings: Settings, advanc
 
 def answers(bundle: Bundle, prompts: list[Document], options: SamplingOptions, advance: Advance) -> list[Reply]:
     """The replies to prompts, in one batch."""
-    stream = ReplyStream(bundle, prompts)
+    stream, reached = ReplyStream(bundle, prompts), 0
     for step in generate(bundle, prompts, options):
         stream.push(step)
-        advance(min(1.0, (step.position + 1) / options.max_tokens))
+        reached = max(reached, step.position + 1)  # an image that is searched for comes all at once
+        advance(min(1.0, reached / options.max_tokens))
     return [stream.reply(index) for index in range(len(prompts))]
 
 

@@ -28,6 +28,13 @@ from jam.errors import GenerationError
 from jam.models.load import Bundle
 from jam.tokens.render import render
 
+_TYPES: dict[object, tuple[tuple[type, ...], str]] = {
+    Mode: ((str,), "a word"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    int | None: ((int, type(None)), "a whole number or none"),
+}
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -54,6 +61,9 @@ class SamplingOptions:
     guidance_scale: float = 3.0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, (kinds, words) = getattr(self, field.name), _TYPES[field.type]
+            _check(field.name, value, isinstance(value, kinds) and not isinstance(value, bool), words)
         # beyond these bounds float32 scores overflow to numbers that are none
         for name, value in (("text_temperature", self.text_temperature), ("image_temperature", self.image_temperature)):
             _check(name, value, value == 0 or 1e-4 <= value < math.inf, "0 (greedy), or a finite number from 0.0001")
@@ -77,30 +87,31 @@ class SamplingOptions:
 def default_options(bundle: Bundle, **said: float | str | None) -> SamplingOptions:
     """The model's own defaults (``sampling`` in its jam.json) under what is said; None is not said.
 
-    An image temperature above 0 without a word on beams turns the search off, and beams without a word on the
-    temperature turn chance off: one of the two has to give way.
+    An image temperature without a word on beams turns the search off, and beams without a word on the temperature
+    turn chance off: one of the two has to give way.
 
     Raises:
         GenerationError: a value out of its range, or a default that is no option.
     """
     said = {name: value for name, value in said.items() if value is not None}
-    defaults = dict(bundle.sampling)
-    if said.get("image_temperature"):
-        defaults.pop("image_beams", None)
-    elif said.get("image_beams", 1) > 1:
-        defaults["image_temperature"] = 0.0
     try:
-        return SamplingOptions(**(defaults | said))
-    except TypeError as error:
+        SamplingOptions(**bundle.sampling)
+    except (TypeError, GenerationError) as error:
         known = ", ".join(field.name for field in fields(SamplingOptions))
         raise GenerationError(
             f"{bundle.path}: jam.json's sampling {bundle.sampling} does not hold ({error}); names are {known}, mend it"
         ) from None
+    defaults = dict(bundle.sampling)
+    if "image_temperature" in said and "image_beams" not in said:
+        defaults.pop("image_beams", None)
+    elif said.get("image_beams", 1) > 1 and "image_temperature" not in said:
+        defaults["image_temperature"] = 0.0
+    return SamplingOptions(**(defaults | said))
 
 
 def _check(name: str, value: float | None, holds: bool, required: str) -> None:
     if not holds:
-        raise GenerationError(f"{name} is {value}; required: {required}; change it")
+        raise GenerationError(f"{name} is {value!r}; required: {required}; change it")
 
 
 @dataclass
@@ -302,7 +313,7 @@ def generate(
     Args:
         prompts: images as codes (``encode_images``). A prompt that ends in a user turn is answered, any other
             continued.
-        options: None takes the defaults.
+        options: None takes the model's defaults.
         streams: the numbers of the rows' random streams, by default 0, 1, ...; a reply depends on its prompt, the
             options and its stream, not on its neighbours.
 
@@ -313,7 +324,7 @@ def generate(
     Raises:
         GenerationError: at the call, not at the first step; see ``prepare``.
     """
-    job = prepare(bundle, prompts, options or SamplingOptions(), streams)
+    job = prepare(bundle, prompts, options or default_options(bundle), streams)
     return _run(bundle, job) if job.prompts else iter(())
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from jam.decode.engine import Job, SamplingOptions, Search, choose, prepare
+from jam.decode.engine import Job, SamplingOptions, Search, choose, default_options, prepare
 from jam.decode.grammar import Phase, Step
 from jam.document import Document
 from jam.models.heads import next_heads
@@ -25,7 +25,7 @@ def generate_naive(
     streams: Sequence[int] | None = None,
 ) -> Iterator[Step]:
     """Same arguments, steps and errors as ``jam.decode.engine.generate``; the rows come one after the other."""
-    job = prepare(bundle, prompts, options or SamplingOptions(), streams)
+    job = prepare(bundle, prompts, options or default_options(bundle), streams)
     return (step for index in range(len(job.prompts)) for step in _run_row(bundle, job, index))
 
 

@@ -226,6 +226,28 @@ def test_joined_conversations_fit_and_end_in_the_one_asked_for(tmp_path: Path, b
     assert counts == {1, 2, 3}
 
 
+def test_turns_of_one_speaker_are_never_joined(tmp_path: Path, bundle: Bundle) -> None:
+    """Neither a last word of the user before a question, nor a reply before the assistant's opening."""
+    said = {who: {"role": who, "content": who} for who in ("user", "assistant")}
+    shapes = [["user", "assistant", "user"], ["assistant", "user", "assistant"]]
+    lines = [{"messages": [said[who] for who in shape]} for shape in shapes]
+    talk = source("conversations", write(tmp_path / "talk.jsonl", lines), bundle, joined=3)
+    alone = [len(render(talk.make(index, 0.5), bundle.vocabulary, bundle.text)) for index in range(2)]
+    for draw in np.arange(0.05, 1.0, 0.1).tolist():
+        # the first ends with the user, so the second follows nothing; the second opens with the assistant
+        assert [len(pieces(talk, bundle, index, draw, 512)[0]) for index in range(2)] in (
+            alone,
+            [alone[0] + alone[1] - 1, alone[1]],  # before the first the second may stand: it ends with the assistant
+        )
+
+
+def test_one_conversation_is_not_joined_with_itself(tmp_path: Path, bundle: Bundle) -> None:
+    line = {"messages": [{"role": "user", "content": "a cat"}, {"role": "assistant", "content": "in it"}]}
+    talk = source("conversations", write(tmp_path / "talk.jsonl", [line]), bundle, joined=3)
+    own = render(talk.make(0, 0.5), bundle.vocabulary, bundle.text)
+    assert all(len(pieces(talk, bundle, 0, draw, 512)[0]) == len(own) for draw in (0.1, 0.4, 0.7, 0.9))
+
+
 def test_only_conversations_are_joined() -> None:
     with pytest.raises(ValueError, match="only conversations are joined"):
         SourceRecipe(kind="text", path="mini", weight=1.0, joined=2)

@@ -1,6 +1,7 @@
 """Parts of the cross merge: where towers meet, new weights, the shared table."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from jam.checkpoint import WEIGHTS
+from jam.decode.engine import default_options
 from jam.errors import MergeError
+from jam.models.load import load_bundle
+from jam.tokens.vocabulary import JamFile
 from merge.cross import Normal, exchanges
 from merge.recipe import MergeRecipe
 from merge.run import run_merge
@@ -90,3 +94,13 @@ def test_too_few_layers_for_an_exchange(tmp_path: Path):
     recipe = MergeRecipe(method="cross", text=text, image=image, out=tmp_path / "out", cross={"every": 5})
     with pytest.raises(MergeError, match=r"cross\.every is 5 but the shallower tower has 4 layers"):
         run_merge(recipe)
+
+
+def test_the_image_parents_own_sampling_goes_on(tmp_path: Path):
+    text, image = tiny_pair(tmp_path)
+    wanted = {"image_temperature": 0.0, "image_beams": 2}
+    replace(JamFile.read(image), sampling=wanted).write(image)
+    for method in ("uniform", "width", "cross"):
+        run_merge(MergeRecipe(method=method, text=text, image=image, out=tmp_path / method))
+        assert JamFile.read(tmp_path / method).sampling == wanted
+        assert default_options(load_bundle(tmp_path / method)).image_beams == 2
