@@ -76,6 +76,8 @@ def tiny_world(tmp_path_factory):
     cached = (mini_data.image_rows, mini_data.texts, mini_data.conversations, mini_data.scenes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mini_data, "DATA", write_data(root / "data"))
+        patch.setattr(mini_data, "SCENE_GROUPS", ("objects",))
+        patch.setattr(mini_data, "TRAIN_SCENES", 8)
         patch.setattr(assets, "TEXT_PARENT", text)
         patch.setattr(assets, "IMAGE_PARENT", image)
         patch.setattr(assets, "CHAT", root / "chat")
