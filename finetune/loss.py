@@ -19,6 +19,7 @@ from jam.models.families import FAMILIES
 from jam.models.load import Bundle, Softmax
 from jam.models.masks import mask_for
 from jam.models.span_head import owned_slices
+from jam.models.tower import capped
 from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD
 
 
@@ -122,7 +123,8 @@ class TokenLoss(nn.Module):
         if self.cross:
             return self.model.head(kind, *states)
         weight = self.model.get_output_embeddings().weight
-        return torch.cat([F.linear(states[0], weight[part]) for part in self.slices[kind]], -1)
+        scores_NK = torch.cat([F.linear(states[0], weight[part]) for part in self.slices[kind]], -1)
+        return capped(self.model.config, scores_NK)
 
 
 def position_weights(batch: Batch, settings: LossSection) -> Tensor:

@@ -10,17 +10,18 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from io import FileIO
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
 from jam.errors import CheckpointError
-from jam.floats import STORED, to_float32
+from jam.floats import STORED, all_finite, not_finite, to_float32
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-BLOCK = 1 << 20  # elements that a streaming step reads at once
+BLOCK = 1 << 17  # elements that a streaming step reads at once: as float32 they stay in a core's cache
 _MAX_HEADER = 100 << 20  # the format's own limit
 _ITEM_BYTES = {
     **{name: dtype.itemsize for name, dtype in STORED.items()},
@@ -48,6 +49,7 @@ class Checkpoint:
     path: Path
     config: dict
     tensors: dict[str, TensorInfo]
+    _files: dict[Path, FileIO] = field(default_factory=dict, repr=False, compare=False)  # open while this object lives
 
     @property
     def parameters(self) -> int:
@@ -74,10 +76,23 @@ class Checkpoint:
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
         width = prod(info.shape[1:])
         offset = info.begin + start * width * STORED[info.dtype].itemsize
-        values = np.fromfile(info.file, STORED[info.dtype], prod(shape), offset=offset)
-        if values.size != prod(shape):
+        values = np.empty(shape, STORED[info.dtype])
+        if not self._fill(values, info.file, offset):
             raise CheckpointError(f"{info.file}: tensor {name} ends early; the file is truncated, fetch it again")
-        return values.reshape(shape)
+        return values
+
+    def _fill(self, values: np.ndarray, path: Path, offset: int) -> bool:
+        """Read a file's bytes from ``offset`` into an array; False if the file ends first. Threads may call it."""
+        file = self._files.get(path)
+        if file is None:
+            file = self._files.setdefault(path, FileIO(path))
+        room = memoryview(values.reshape(-1).view(np.uint8))
+        while room:
+            count = os.preadv(file.fileno(), [room], offset)
+            if count == 0:
+                return False
+            room, offset = room[count:], offset + count
+        return True
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """float32 values of a tensor, or of a contiguous slice of its first axis.
@@ -85,18 +100,29 @@ class Checkpoint:
         Raises:
             CheckpointError: as ``raw``, or values that are NaN or infinite (counted over the whole tensor).
         """
-        values = to_float32(self.raw(name, rows), self.tensors[name].dtype)
-        if not np.isfinite(values).all():
-            total = prod(self.tensors[name].shape)
-            bad = total - sum(
-                int(np.isfinite(to_float32(self.raw(name, block), self.tensors[name].dtype)).sum())
-                for block in row_blocks(self.tensors[name].shape)
-            )
+        stored = self.finite(name, rows)
+        return to_float32(stored, self.tensors[name].dtype)
+
+    def finite(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """As ``raw``. Raises CheckpointError for NaN and infinity, counted over the whole tensor."""
+        stored, info = self.raw(name, rows), self.tensors[name]
+        if not all_finite(stored, info.dtype):
+            bad = sum(not_finite(self.raw(name, block), info.dtype) for block in row_blocks(info.shape))
             raise CheckpointError(
-                f"{self.tensors[name].file}: tensor {name} has {bad} of {total} values that are NaN or infinite; "
+                f"{info.file}: tensor {name} has {bad} of {prod(info.shape)} values that are NaN or infinite; "
                 "finite weights are required, use an earlier checkpoint"
             )
-        return values
+        return stored
+
+    def gather(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """float32 rows of a matrix by number, in any order, through the file's pages; errors as ``read``."""
+        info = self.tensors[name]
+        self.raw(name, slice(0, 1))  # proves type and place
+        pages = np.memmap(info.file, STORED[info.dtype], "r", info.begin, info.shape)
+        stored = pages[rows]
+        if not all_finite(stored, info.dtype):
+            self.finite(name)  # counts them over the whole tensor and raises
+        return to_float32(stored, info.dtype)
 
     def identity(self) -> str:
         """sha256 over the configuration and the headers: names, types and shapes. Reads no weights."""

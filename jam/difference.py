@@ -20,7 +20,7 @@ import numpy as np
 
 from jam.checkpoint import INDEX, WEIGHTS, Checkpoint, TensorInfo, open_checkpoint, read_header, row_blocks
 from jam.errors import CheckpointError
-from jam.floats import STORED, from_float32, overflows, to_float32
+from jam.floats import STORED, from_float32, not_finite, to_float32
 from jam.shards import ShardWriter, TensorSpec
 
 FORMAT = "jam-difference-1"
@@ -173,11 +173,11 @@ def _write_tensor(
             file.write(whole.astype("i1").data)
             kept = (whole * scale[:, None]).reshape(change.shape)
         else:
-            if count := overflows(np.ascontiguousarray(change), "BF16"):
+            stored = from_float32(change, "BF16")
+            if count := not_finite(stored, "BF16"):
                 raise CheckpointError(
                     f"tensor {name}: {count} differences overflow bfloat16; the training has diverged"
                 )
-            stored = from_float32(change, "BF16")
             file.write(np.ascontiguousarray(stored).data)
             kept = to_float32(stored, "BF16")
         yield float(np.square(kept - change, dtype=np.float64).sum()), float(np.square(change, dtype=np.float64).sum())

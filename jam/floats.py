@@ -1,7 +1,7 @@
 """Float formats of checkpoint files, as numpy arrays: bfloat16 by bit operations, since numpy has no such type.
 
-Every computation on weights is in float32; these two functions are the way in and the way out, and the only places
-where precision changes. No torch.
+Every computation on weights is in float32; ``to_float32`` and ``from_float32`` are the way in and the way out, and the
+only places where precision changes. They are made for blocks that stay in a core's cache. No torch.
 """
 
 import numpy as np
@@ -41,16 +41,32 @@ def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "BF16":
         bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
         # adding 0x7fff rounds up above half; the kept lowest bit makes exact halves go to even
-        return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype("<u2")
+        rounded = bits >> np.uint32(16)
+        rounded &= np.uint32(1)
+        rounded += np.uint32(0x7FFF)
+        rounded += bits
+        rounded >>= np.uint32(16)
+        return rounded.astype("<u2")
     with np.errstate(over="ignore"):
         return values.astype(STORED[dtype])
 
 
-def overflows(values: np.ndarray, dtype: str) -> int:
-    """How many finite float32 values have no finite neighbour in ``dtype`` (float16 ends at 65,504)."""
-    if dtype == "F16":
-        return int((np.abs(values) >= 65520.0).sum())
-    if dtype == "BF16":
-        limit = np.uint32(0x7F7F8000)  # half way from the largest bfloat16 to infinity: rounds up, to even
-        return int(((values.view(np.uint32) & np.uint32(0x7FFFFFFF)) >= limit).sum())
-    return 0
+_EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00}  # all ones: infinity or NaN
+
+
+def all_finite(stored: np.ndarray, dtype: str) -> bool:
+    """Whether no stored value is NaN or infinite, read off the bits.
+
+    >>> all_finite(np.array([0x3F80, 0xFF80], np.uint16), "BF16")
+    False
+    """
+    if dtype in _EXPONENT and stored.size:
+        return bool((stored.view(np.uint16) & np.uint16(0x7FFF)).max() < _EXPONENT[dtype])
+    return bool(np.isfinite(stored).all())
+
+
+def not_finite(stored: np.ndarray, dtype: str) -> int:
+    """How many stored values are NaN or infinite."""
+    if dtype in _EXPONENT:
+        return int(((stored.view(np.uint16) & np.uint16(0x7FFF)) >= _EXPONENT[dtype]).sum())
+    return int((~np.isfinite(stored)).sum())

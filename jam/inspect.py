@@ -11,10 +11,11 @@ from jam.checkpoint import Checkpoint, open_checkpoint
 from jam.errors import CheckpointError, JamError
 from jam.floats import LONG
 from jam.models.families import FAMILIES, Family, check_tensors, family_of
-from jam.tokens.vocabulary import JamFile
-from merge.plan import Parent, read_parent
+from jam.tokens.adopt import read_jam_file
+from merge.plan import read_parent
 from merge.recipe import MergeRecipe, WidthSection
 from merge.run import METHODS
+from merge.union import Pair
 
 Facts = list[tuple[str, str]]
 
@@ -49,7 +50,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Facts:
     dtypes = ", ".join(LONG.get(dtype, dtype) for dtype in checkpoint.dtypes)
     facts += [("parameters", f"{checkpoint.parameters:,} in {len(checkpoint.tensors)} tensors")]
     facts += [("stored as", f"{dtypes}, {stored:,} bytes")]
-    return facts + _vocabulary(checkpoint.path)
+    return facts + _vocabulary(checkpoint.path, checkpoint.config)
 
 
 def _architecture(checkpoint: Checkpoint) -> Facts:
@@ -90,11 +91,12 @@ def _sizes(family: Family, config: dict) -> str:
     )
 
 
-def _vocabulary(path: Path) -> Facts:
-    if not (path / "jam.json").is_file():
-        return [("vocabulary", "no jam.json; jam needs one to know which ids are text, control and image")]
-    jam = JamFile.read(path)
-    spans = ", ".join(f"{span.kind} [{span.start}, {span.stop})" for span in jam.vocabulary.spans)
+def _vocabulary(path: Path, config: dict) -> Facts:
+    if not (path / "jam.json").is_file() and not (path / "tokenizer.json").is_file():
+        return [("vocabulary", "neither jam.json nor tokenizer.json; one is required to know what the ids mean")]
+    jam = read_jam_file(path, config)
+    shown = [f"{span.kind} [{span.start}, {span.stop})" for span in jam.vocabulary.spans]
+    spans = ", ".join(shown if len(shown) <= 8 else [*shown[:6], f"... {len(shown)} spans in all"])
     controls = ", ".join(f"{name} {index}" for name, index in jam.vocabulary.controls.items())
     facts: Facts = [("vocabulary", spans), ("controls", controls)]
     if jam.image_tokenizer is None:
@@ -113,25 +115,33 @@ def _vocabulary(path: Path) -> Facts:
 def describe_pair(first: Path, second: Path) -> Facts:
     """For every method, what it would preserve or why it cannot. The folder with image ids is the image parent."""
     paths = [first, second]
-    if JamFile.read(first).vocabulary.image_span is not None and JamFile.read(second).vocabulary.image_span is None:
+    records = [read_jam_file(path, open_checkpoint(path).config) for path in paths]
+    if records[0].vocabulary.image_span is not None and records[1].vocabulary.image_span is None:
         paths.reverse()
-    text, image = read_parent(paths[0], "text"), read_parent(paths[1], "image")
-    facts: Facts = [("text parent", str(text.path)), ("image parent", str(image.path))]
-    if image.vocabulary.image_span is None:
-        facts.append(("note", "neither makes images; give a model with image ids as one of the two"))
+    pair = Pair(read_parent(paths[0], "text"), read_parent(paths[1], "image"))
+    facts: Facts = [("text parent", str(paths[0])), ("image parent", str(paths[1]))]
+    if pair.obstacle() is None and not pair.union.same:
+        counted = pair.union.figures()
+        facts.append(
+            (
+                "tokenizers",
+                f"differ: the text parent's is kept; of its {counted['text_ids']} text ids the image parent has "
+                f"{counted['copied']} as one token, {counted['averaged']} as several, {counted['without_source']} not",
+            )
+        )
     for method in METHODS:
-        facts.append((method, _verdict(method, text, image)))
+        facts.append((method, _verdict(method, pair)))
     return facts
 
 
-def _verdict(method: str, text: Parent, image: Parent) -> str:
+def _verdict(method: str, pair: Pair) -> str:
     recipes = {"": MergeRecipe(method=method, out=Path("out"))}
     if method == "width":
         zero = MergeRecipe(method="width", out=Path("out"), width=WidthSection(off_diagonal="zero"))
         recipes[" with width.off_diagonal=zero"] = zero
     for condition, recipe in recipes.items():
-        if not METHODS[method].obstacles(text, image, recipe):
-            plan = METHODS[method].plan(text, image, recipe)
+        if not METHODS[method].obstacles(pair, recipe):
+            plan = METHODS[method].plan(pair, recipe)
             return f"yes{condition}, {plan.parameters:,} parameters; {plan.preserves}"
-    reasons = METHODS[method].obstacles(text, image, next(iter(recipes.values())))
+    reasons = METHODS[method].obstacles(pair, next(iter(recipes.values())))
     return f"no: {'; '.join(reasons)}"

@@ -22,7 +22,7 @@ import numpy as np
 
 from jam.checkpoint import WEIGHTS, write_json
 from jam.errors import CheckpointError, JamError
-from jam.floats import STORED, from_float32, overflows
+from jam.floats import STORED, all_finite, from_float32, not_finite
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -119,19 +119,24 @@ class ShardWriter:
         Raises:
             CheckpointError: values overflow the tensor's type.
         """
-        if self._spec is None:
-            self._next()
-        spec = self._spec
-        assert spec is not None and spec.name == name, (name, spec)
-        assert rows.shape[1:] == spec.shape[1:] and rows.ndim == len(spec.shape), (name, rows.shape, spec.shape)
-        if lost := overflows(rows, spec.dtype):
-            raise CheckpointError(
-                f"tensor {name}: {lost} values overflow {spec.dtype}; choose dtype=bfloat16 or float32"
-            )
-        self._file.write(np.ascontiguousarray(from_float32(rows, spec.dtype)).data)
-        self._rows += len(rows) if spec.shape else 1
+        spec = self._current(name)
+        self.append(name, encode(rows, spec))
+
+    def append(self, name: str, stored: np.ndarray) -> None:
+        """Append rows in the tensor's own type, as ``encode`` gives them or as another file has them."""
+        spec = self._current(name)
+        assert stored.shape[1:] == spec.shape[1:] and stored.ndim == len(spec.shape), (name, stored.shape, spec.shape)
+        assert stored.dtype == STORED[spec.dtype], (name, stored.dtype, spec.dtype)
+        self._file.write(np.ascontiguousarray(stored).data)
+        self._rows += len(stored) if spec.shape else 1
         if self._rows == (spec.shape[0] if spec.shape else 1):
             self._spec, self._rows = None, 0
+
+    def _current(self, name: str) -> TensorSpec:
+        if self._spec is None:
+            self._next()
+        assert self._spec is not None and self._spec.name == name, (name, self._spec)
+        return self._spec
 
     def _next(self) -> None:
         shard, self._spec = next(self._queue)
@@ -159,6 +164,17 @@ class ShardWriter:
         sync_tree(self.folder)
         os.rename(self.folder, self.out)  # replaces an empty folder, fails on a filled one
         _fsync_folder(self.out.parent)
+
+
+def encode(rows: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    """float32 rows in a tensor's own type. Raises CheckpointError when values overflow it."""
+    stored = from_float32(rows, spec.dtype)
+    if not all_finite(stored, spec.dtype):
+        raise CheckpointError(
+            f"tensor {spec.name}: {not_finite(stored, spec.dtype)} values overflow {spec.dtype}; choose dtype=bfloat16 "
+            "or float32"
+        )
+    return stored
 
 
 def check_output(out: Path) -> None:

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jam.models.families import HEAD
-from merge.plan import Copy, Job, Parent, Plan, joint_jam_file, single_table_config, token_ids
+from merge.plan import Copy, Job, Parent, Plan, Source, single_table_config, token_ids
 from merge.recipe import MergeRecipe
-from merge.rows import MEAN, Table, describe, disagreement, owned, tower_labels, tower_map
+from merge.rows import MEAN, Table, describe, tower_labels, tower_map
+from merge.union import Pair, Union, joint_jam_file
 
 ARCHITECTURE = "JamCrossForCausalLM"
 
@@ -50,6 +51,10 @@ class Rows:
     def fate(self) -> str:
         return f"rows of {self.table.parent.side} {self.table.tensor}, foreign ids from its mean or eos row"
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.table.origin,)
+
     def rows(self, block: slice) -> np.ndarray:
         return self.table.read(block)
 
@@ -64,6 +69,10 @@ class Constant:
     @property
     def fate(self) -> str:
         return f"new: {self.value:g} everywhere"
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return ()
 
     def rows(self, block: slice) -> np.ndarray:
         return np.full((block.stop - block.start, *self.shape[1:]), self.value, np.float32)
@@ -86,6 +95,10 @@ class Normal:
     @property
     def fate(self) -> str:
         return f"new: normal, std {self.std:g}"
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return ()
 
     def rows(self, block: slice) -> np.ndarray:
         key = np.frombuffer(hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()[:16], "<u8")
@@ -119,7 +132,7 @@ class Shared:
         """float32 [d_image, d_text], the map, and float32 [V, d_text], zero where the text parent's row is used."""
         if self._fitted is None:
             everything = slice(0, len(self.use_image))
-            common = (self.text.source >= 0) & (self.image.source >= 0) & ~self.use_image
+            common = (self.text.source >= 0) & (self.image.source != MEAN) & ~self.use_image
             ours, theirs = (table.read(everything).astype(np.float64) for table in (self.text, self.image))
             weights = np.linalg.lstsq(ours[common], theirs[common], rcond=None)[0].T
             lost = np.linalg.norm(ours[common] @ weights.T - theirs[common]) / np.linalg.norm(theirs[common])
@@ -141,6 +154,10 @@ class SharedTable:
     def fate(self) -> str:
         return "text rows, and image rows carried to the text width by the inverse of the fitted map"
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.shared.text.origin, self.shared.image.origin)
+
     def rows(self, block: slice) -> np.ndarray:
         return self.shared.table_rows(block)
 
@@ -152,6 +169,10 @@ class SharedMap:
     @property
     def fate(self) -> str:
         return "new: least-squares map from text rows to image rows"
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.shared.text.origin, self.shared.image.origin)
 
     def rows(self, block: slice) -> np.ndarray:
         return self.shared.fit()[0][block]
@@ -167,33 +188,43 @@ class Identity:
     def fate(self) -> str:
         return "new: identity on the text tower's state, zero on the image tower's"
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return ()
+
     def rows(self, block: slice) -> np.ndarray:
         return np.eye(*self.shape, dtype=np.float32)[block]
 
 
-def obstacles(text: Parent, image: Parent, recipe: MergeRecipe) -> list[str]:
+def obstacles(pair: Pair, recipe: MergeRecipe) -> list[str]:
     """Why a cross merge of these parents is impossible; empty when it is possible."""
+    text, image = pair.sides
     found = []
     shallow = min(text.sizes.layers, image.sizes.layers)
     if recipe.cross.every > shallow:
         found.append(
             f"cross.every is {recipe.cross.every} but the shallower tower has {shallow} layers; lower cross.every"
         )
-    if reason := disagreement(text, image):
+    for side in pair.sides:
+        if side.sizes.model % side.sizes.heads:
+            found.append(
+                f"the {side.side} parent's width {side.sizes.model} is no multiple of its {side.sizes.heads} heads, "
+                "which its cross-attention shares; use another parent"
+            )
+    if reason := pair.obstacle():
         found.append(reason)
     return found
 
 
-def _tower_jobs(parent: Parent, image: Parent, tables: str) -> Iterator[Job]:
-    vocabulary = image.vocabulary
+def _tower_jobs(parent: Parent, union: Union, tables: str) -> Iterator[Job]:
     for name, axes in parent.axes.items():
         shape, rule = parent.shape(name), Copy(parent, name)
         if axes[0] == "vocab":
             if tables == "shared":
                 continue
             use = "tied" if parent.sizes.tied else "head" if name == HEAD else "input"
-            shape = (vocabulary.size, shape[1])
-            rule = Rows(Table(parent, name, tower_map(vocabulary, parent, use)))
+            shape = (union.vocabulary.size, shape[1])
+            rule = Rows(Table(parent, name, tower_map(union, parent, use), union.rows(parent.side)))
         yield Job(f"{parent.side}.{name}", shape, rule)
 
 
@@ -216,11 +247,12 @@ def _block_jobs(at: int, own: Parent, other: Parent, recipe: MergeRecipe) -> Ite
     yield Job(f"{prefix}gate", (1,), Constant((1,), 0.0))
 
 
-def _shared_jobs(text: Parent, image: Parent) -> tuple[Shared, list[Job]]:
-    vocabulary = image.vocabulary
-    tables = [Table(side, side.family.embed, tower_map(vocabulary, side, "input")) for side in (text, image)]
-    only_image = owned(vocabulary, vocabulary.size) & ~owned(text.vocabulary, vocabulary.size)
-    shared = Shared(*tables, only_image)
+def _shared_jobs(pair: Pair) -> tuple[Shared, list[Job]]:
+    (text, image), union, vocabulary = pair.sides, pair.union, pair.union.vocabulary
+    tables = [
+        Table(side, side.family.embed, tower_map(union, side, "input"), union.rows(side.side)) for side in pair.sides
+    ]
+    shared = Shared(*tables, union.image.known & ~union.text.known)
     wide, narrow = text.sizes.model, image.sizes.model
     both = (wide, wide + narrow)
     return shared, [
@@ -230,8 +262,8 @@ def _shared_jobs(text: Parent, image: Parent) -> tuple[Shared, list[Job]]:
     ]
 
 
-def _config(text: Parent, image: Parent, recipe: MergeRecipe) -> dict:
-    vocabulary = image.vocabulary
+def _config(pair: Pair, recipe: MergeRecipe) -> dict:
+    (text, image), vocabulary = pair.sides, pair.union.vocabulary
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "jam_cross",
@@ -248,7 +280,7 @@ def _config(text: Parent, image: Parent, recipe: MergeRecipe) -> dict:
     }
 
 
-def _row_report(text: Parent, image: Parent, shared: Shared | None) -> dict[str, dict]:
+def _row_report(pair: Pair, shared: Shared | None) -> dict[str, dict]:
     if shared is not None:
         sources = zip(shared.use_image.tolist(), shared.text.source.tolist(), strict=True)
         labels = [
@@ -256,21 +288,22 @@ def _row_report(text: Parent, image: Parent, shared: Shared | None) -> dict[str,
         ]
         return {"shared": describe(labels)}
     report = {}
-    for side in (text, image):
+    for side in pair.sides:
         uses = ("tied",) if side.sizes.tied else ("input", "head")
         for use in uses:
             name = f"{side.side} tower, {'input and head' if use == 'tied' else use}"
-            report[name] = describe(tower_labels(tower_map(image.vocabulary, side, use), side.side))
+            report[name] = describe(tower_labels(pair.union, tower_map(pair.union, side, use), side.side))
     return report
 
 
-def plan(text: Parent, image: Parent, recipe: MergeRecipe) -> Plan:
+def plan(pair: Pair, recipe: MergeRecipe) -> Plan:
     """The jobs of a cross merge; the parents must have no ``obstacles``."""
-    config, jobs, shared = _config(text, image, recipe), [], None
+    text, image = pair.sides
+    config, jobs, shared = _config(pair, recipe), [], None
     if recipe.cross.tables == "shared":
-        shared, jobs = _shared_jobs(text, image)
-    for side in (text, image):
-        jobs += _tower_jobs(side, image, recipe.cross.tables)
+        shared, jobs = _shared_jobs(pair)
+    for side in pair.sides:
+        jobs += _tower_jobs(side, pair.union, recipe.cross.tables)
     for at in range(len(config["exchanges"])):
         for own, other in ((text, image), (image, text)):
             jobs += _block_jobs(at, own, other, recipe)
@@ -290,9 +323,9 @@ def plan(text: Parent, image: Parent, recipe: MergeRecipe) -> Plan:
         "cross",
         tuple(jobs),
         config,
-        joint_jam_file(image, "cross", text),
+        joint_jam_file(pair, "cross"),
         preserves,
-        _row_report(text, image, shared),
+        _row_report(pair, shared),
         tuple(notes),
         {"exchanges": config["exchanges"], "tables": recipe.cross.tables, "ffn_ratio": recipe.cross.ffn_ratio},
         (lambda: {}) if shared is None else (lambda: {"image_in_relative_residual": shared.residual}),

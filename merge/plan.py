@@ -16,6 +16,7 @@ import numpy as np
 from jam.checkpoint import Checkpoint, open_checkpoint
 from jam.errors import CheckpointError
 from jam.models.families import HEAD, Axes, Family, Sizes, check_tensors, family_of
+from jam.tokens.adopt import read_jam_file
 from jam.tokens.vocabulary import JamFile, Vocabulary
 
 
@@ -60,7 +61,7 @@ def read_parent(folder: Path, side: str) -> Parent:
     checkpoint = open_checkpoint(folder)
     family = family_of(checkpoint.config, str(folder))
     axes = check_tensors(checkpoint, family)
-    sizes, jam = family.sizes(checkpoint.config), JamFile.read(folder)
+    sizes, jam = family.sizes(checkpoint.config), read_jam_file(folder, checkpoint.config)
     if sizes.vocab != jam.vocabulary.size:
         raise CheckpointError(
             f"{folder}: config.json has {sizes.vocab} vocabulary rows, jam.json {jam.vocabulary.size} ids; they must "
@@ -81,12 +82,19 @@ def read_parent(folder: Path, side: str) -> Parent:
     return Parent(side, checkpoint, family, sizes, axes, jam)
 
 
+Source = tuple[str, str]  # "text" or "image", and a tensor of that parent
+
+
 class Rule(Protocol):
     """How one output tensor comes to be."""
 
     @property
     def fate(self) -> str:
         """One phrase for the report: what was done with which tensors."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The parents' tensors that it reads; none for new weights."""
 
     def rows(self, block: slice) -> np.ndarray:
         """float32 rows ``block`` of the output tensor."""
@@ -102,6 +110,10 @@ class Copy:
     @property
     def fate(self) -> str:
         return f"copied from {self.parent.side} {self.tensor}"
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return ((self.parent.side, self.tensor),)
 
     def rows(self, block: slice) -> np.ndarray:
         return self.parent.checkpoint.read(self.tensor, block)
@@ -138,13 +150,6 @@ class Plan:
     @property
     def parameters(self) -> int:
         return sum(prod(job.shape) for job in self.jobs)
-
-
-def joint_jam_file(image: Parent, method: str, text: Parent) -> JamFile:
-    """jam.json of the result: the image parent's vocabulary (``merge.rows`` has checked the text parent against it)."""
-    tokenizer = "image_tokenizer" if image.jam.image_tokenizer is not None else None
-    fusion = {"method": method, "text": text.family.model_type, "image": image.family.model_type}
-    return JamFile(image.vocabulary, tokenizer, image.jam.unconditional, fusion, image.jam.sampling)
 
 
 def single_table_config(parent: Parent, vocabulary: Vocabulary, dtype: str, **changes: object) -> dict:

@@ -4,20 +4,51 @@ One section per method; a section of another method than the chosen one may only
 that is silently ignored is worse than an error. Reads no checkpoint: what the parents allow is the plan's matter.
 """
 
+import re
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from jam.recipe import Recipe, Section
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class WeightRule(Section):
+    """A share of its own for the tensors whose name matches."""
+
+    match: str = Field(description="regular expression, searched in the tensor's name")
+    weight: Share | list[Share] = Field(description="as uniform.weight")
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{value!r} is no regular expression ({error}); mend it") from None
+        return value
 
 
 class UniformSection(Section):
     """Weighted mean of two parents of the same shape."""
 
-    weight: float = Field(
-        0.5, ge=0.0, le=1.0, description="share of the text parent in the mean, 0 to 1; 1 gives the text parent"
+    weight: Share | list[Share] = Field(
+        0.5,
+        description="share of the text parent in the mean, 0 to 1 (1 gives the text parent); a list is a gradient over "
+        "the layers, its values at equal distances from the first to the last",
     )
+    rules: list[WeightRule] = Field(
+        [], description="tensors with a share of their own; of several that match, the first counts"
+    )
+
+    @field_validator("weight")
+    @classmethod
+    def _not_empty(cls, value: float | list[float]) -> float | list[float]:
+        if value == []:
+            raise ValueError("an empty list; one share or more are required")
+        return value
 
 
 class WidthSection(Section):
@@ -25,6 +56,11 @@ class WidthSection(Section):
 
     off_diagonal: Literal["copy", "average", "zero"] = Field(
         "copy", description="blocks that join one parent's features to the other's: copy, average or zero"
+    )
+    qk_norm: Literal["equal", "average"] = Field(
+        "equal",
+        description="norms of queries and keys that all heads share: equal refuses parents whose norms differ; average "
+        "gives all heads the mean, which changes both parents",
     )
 
 

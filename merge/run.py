@@ -7,12 +7,16 @@ recipe, the report and a model card; rename. Same inputs, recipe and version giv
 
 import json
 import re
+import shutil
 import sys
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -20,12 +24,14 @@ from jam import __version__, assets
 from jam.checkpoint import row_blocks, write_json
 from jam.errors import CheckpointError, MergeError
 from jam.floats import SHORT
+from jam.memory import keep_freed_memory
 from jam.models.families import HEAD
 from jam.recipe import dump_recipe
-from jam.shards import ShardWriter, TensorSpec, check_output
+from jam.shards import ShardWriter, TensorSpec, check_output, encode
 from merge import cross, uniform, width
-from merge.plan import Job, Parent, Plan, read_parent, token_ids
+from merge.plan import Copy, Job, Parent, Plan, read_parent, token_ids
 from merge.recipe import MergeRecipe
+from merge.union import Pair
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -40,10 +46,10 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Method:
-    """``obstacles`` (text, image, recipe) lists why not; ``plan`` of the same makes the jobs."""
+    """``obstacles`` lists why not; ``plan`` makes the jobs."""
 
-    obstacles: Callable[[Parent, Parent, MergeRecipe], list[str]]
-    plan: Callable[[Parent, Parent, MergeRecipe], Plan]
+    obstacles: Callable[[Pair, MergeRecipe], list[str]]
+    plan: Callable[[Pair, MergeRecipe], Plan]
 
 
 METHODS: dict[str, Method] = {
@@ -67,69 +73,110 @@ def run_merge(recipe: MergeRecipe, dry_run: bool = False) -> Path | None:
         CheckpointError: a damaged parent, NaN or infinite weights, values that overflow the output type.
         JamError: the disk is full.
     """
-    plan, parents = make_plan(recipe)
+    plan, pair = make_plan(recipe)
     if dry_run:
-        _print_plan(plan, recipe)
+        _print_plan(plan, pair, recipe)
         return None
     try:
         check_output(recipe.out)
     except CheckpointError as error:
         raise MergeError(str(error)) from None
-    for parent in parents:
+    for parent in pair.sides:
         if recipe.out.resolve().is_relative_to(parent.path.resolve()):
             raise MergeError(f"{recipe.out}: lies inside the {parent.side} parent; choose a folder outside of it")
     specs = [TensorSpec(job.name, SHORT[recipe.dtype], job.shape) for job in plan.jobs]
-    side_files = _side_files(parents)
+    side_files = _side_files(pair)
     side_bytes = sum(source.stat().st_size for source in side_files.values()) + (1 << 20)
+    keep_freed_memory()  # blocks come and go thousands of times
     with ShardWriter(recipe.out, specs, side_bytes=side_bytes) as writer:
         _stream(plan, writer, recipe)
-        _write_side_files(plan, parents, recipe, side_files, writer.folder)
+        _write_side_files(plan, pair, recipe, side_files, writer.folder)
         writer.finish()
     print(f"{recipe.out}: {plan.method} merge, {plan.parameters:,} parameters in {recipe.dtype}", file=sys.stderr)
     return recipe.out
 
 
-def make_plan(recipe: MergeRecipe) -> tuple[Plan, tuple[Parent, Parent]]:
+def make_plan(recipe: MergeRecipe) -> tuple[Plan, Pair]:
     """Read the parents' headers and plan. Raises MergeError naming the methods that would work instead."""
-    text = read_parent(recipe.text or assets.TEXT_PARENT, "text")
-    image = read_parent(recipe.image or assets.IMAGE_PARENT, "image")
+    pair = Pair(
+        read_parent(recipe.text or assets.TEXT_PARENT, "text"),
+        read_parent(recipe.image or assets.IMAGE_PARENT, "image"),
+    )
     method = METHODS[recipe.method]
-    if reasons := method.obstacles(text, image, recipe):
-        others = fitting_methods(text, image, recipe)
+    if reasons := method.obstacles(pair, recipe):
+        others = fitting_methods(pair)
         todo = f"use --method {' or '.join(others)}" if others else "no method can fuse these parents"
         raise MergeError(f"{recipe.method} merge: {reasons[0]}; {todo}")
-    return method.plan(text, image, recipe), (text, image)
+    return method.plan(pair, recipe), pair
 
 
-def fitting_methods(text: Parent, image: Parent, recipe: MergeRecipe) -> list[str]:
+def fitting_methods(pair: Pair) -> list[str]:
     """The methods, under their default settings, that can fuse these parents."""
     found = []
     for name, method in METHODS.items():
-        tried = MergeRecipe(method=name, text=recipe.text, image=recipe.image, out=recipe.out)
-        if not method.obstacles(text, image, tried):
+        if not method.obstacles(pair, MergeRecipe(method=name, out=Path("out"))):
             found.append(name)
     return found
 
 
+AHEAD = 4  # blocks computed before the first of them is written: bounds the memory, keeps both threads busy
+
+
 def _stream(plan: Plan, writer: ShardWriter, recipe: MergeRecipe) -> None:
-    """Every job through bounded memory; the bar counts bytes written and is shown on a terminal only."""
+    """Every job through bounded memory, block by block in order; the bar counts bytes written and is shown on a
+    terminal only.
+
+    Two threads read and compute (numpy lets go of the interpreter), this one writes. A job's first block is computed
+    here: it settles what a rule works out once (a table's mean, a fitted map).
+    """
     console = Console(stderr=True)
-    item = {"float32": 4}.get(recipe.dtype, 2)
+    dtype = SHORT[recipe.dtype]
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("merging", total=plan.parameters * item)
-        for job in plan.jobs:
-            for block in row_blocks(job.shape):
-                rows = job.rule.rows(block)
-                writer.write(job.name, rows)
-                progress.advance(task, rows.size * item)
+    total = sum(spec.bytes for spec in writer.specs)
+    with (
+        Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        task = progress.add_task("merging", total=total)
+        waiting: deque[tuple[str, Future]] = deque()
+
+        def write_next() -> None:
+            name, stored = waiting.popleft()
+            block = stored.result()
+            writer.append(name, block)
+            progress.advance(task, block.nbytes)
+
+        try:
+            for job, spec in zip(plan.jobs, writer.specs, strict=True):
+                for number, block in enumerate(row_blocks(job.shape)):
+                    if number == 0:
+                        first: Future = Future()
+                        first.set_result(_block(job, spec, dtype, block))
+                        waiting.append((job.name, first))
+                    else:
+                        waiting.append((job.name, pool.submit(_block, job, spec, dtype, block)))
+                    if len(waiting) > AHEAD:
+                        write_next()
+            while waiting:
+                write_next()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _side_files(parents: tuple[Parent, Parent]) -> dict[Path, Path]:
-    """Files that are copied: target inside the output -> source. The tokenizer is the image parent's, which names all
-    joint controls; a chat template comes from the text parent if it has one."""
-    text, image = parents
-    files = {Path(name): image.path / name for name in TOKENIZER_FILES if (image.path / name).is_file()}
+def _block(job: Job, spec: TensorSpec, dtype: str, block: slice) -> np.ndarray:
+    """A block of a job's rows as it is stored; a tensor that is copied in its own type is not converted."""
+    rule = job.rule
+    if isinstance(rule, Copy) and rule.parent.checkpoint.tensors[rule.tensor].dtype == dtype:
+        return rule.parent.checkpoint.finite(rule.tensor, block)
+    return encode(rule.rows(block), spec)
+
+
+def _side_files(pair: Pair) -> dict[Path, Path]:
+    """Files that are copied: target inside the output -> source. Of two equal tokenizers the image parent's is taken,
+    which names all joint controls, else the text parent's; a chat template comes from the text parent if it has one."""
+    text, image = pair.sides
+    owner = image if pair.union.same else text
+    files = {Path(name): owner.path / name for name in TOKENIZER_FILES if (owner.path / name).is_file()}
     if (text.path / "chat_template.jinja").is_file():
         files[Path("chat_template.jinja")] = text.path / "chat_template.jinja"
     if image.jam.image_tokenizer is not None:
@@ -140,9 +187,7 @@ def _side_files(parents: tuple[Parent, Parent]) -> dict[Path, Path]:
     return files
 
 
-def _write_side_files(
-    plan: Plan, parents: tuple[Parent, Parent], recipe: MergeRecipe, files: dict[Path, Path], folder: Path
-) -> None:
+def _write_side_files(plan: Plan, pair: Pair, recipe: MergeRecipe, files: dict[Path, Path], folder: Path) -> None:
     for target, source in files.items():
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
         (folder / target).write_bytes(source.read_bytes())
@@ -151,11 +196,11 @@ def _write_side_files(
     write_json(folder / "generation_config.json", ids)
     plan.jam.write(folder)
     (folder / "merge.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    (folder / "report.json").write_text(compact_json(report(plan, parents, recipe)), encoding="utf-8")
-    (folder / "README.md").write_text(model_card(plan, parents), encoding="utf-8")
+    (folder / "report.json").write_text(compact_json(report(plan, pair, recipe)), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(plan, pair), encoding="utf-8")
 
 
-def report(plan: Plan, parents: tuple[Parent, Parent], recipe: MergeRecipe) -> dict:
+def report(plan: Plan, pair: Pair, recipe: MergeRecipe) -> dict:
     """Where everything comes from: parents, every tensor's fate, every vocabulary row's source."""
     return {
         "format": 1,
@@ -169,26 +214,38 @@ def report(plan: Plan, parents: tuple[Parent, Parent], recipe: MergeRecipe) -> d
                 "dtypes": list(side.checkpoint.dtypes),
                 "parameters": side.checkpoint.parameters,
             }
-            for side in parents
+            for side in pair.sides
         },
         "preserves": plan.preserves,
         "notes": list(plan.notes),
         "dtype": recipe.dtype,
         "parameters": plan.parameters,
         "settings": dict(plan.figures) | plan.measured(),
+        "text_rows_of_image_parent": pair.union.figures(),
         "rows": dict(plan.rows),
         "tensors": {job.name: {"shape": list(job.shape), "from": job.rule.fate} for job in plan.jobs},
-        "left_out": {side.side: _left_out(plan, side) for side in parents},
+        "inputs": {side.side: input_fates(plan, side) for side in pair.sides},
     }
 
 
-def _left_out(plan: Plan, parent: Parent) -> list[str]:
-    """Input tensors that the result does not hold: a head stored beside a tied table, buffers, heads that a shared one
-    replaces."""
-    dropped = [name for name in parent.checkpoint.tensors if name not in parent.axes]
-    if plan.config.get("tables") == "shared":
-        dropped += [name for name in parent.axes if name == HEAD]
-    return dropped
+def input_fates(plan: Plan, parent: Parent) -> dict[str, str]:
+    """Every tensor of a parent's files: where in the result it went, or why it is left out."""
+    used: dict[str, list[str]] = {}
+    for job in plan.jobs:
+        for side, tensor in job.rule.sources:
+            if side == parent.side:
+                used.setdefault(tensor, []).append(job.name)
+    fates = {}
+    for name in parent.checkpoint.tensors:
+        if name in used:
+            fates[name] = f"to {', '.join(used[name])}"
+        elif name in parent.axes:
+            fates[name] = "left out: a shared table and head take its place"
+        elif name == HEAD:
+            fates[name] = "left out: the configuration ties the head to the table, and transformers ignores this copy"
+        else:
+            fates[name] = "left out: a buffer that transformers computes anew"
+    return fates
 
 
 def compact_json(value: dict) -> str:
@@ -197,7 +254,7 @@ def compact_json(value: dict) -> str:
     return re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), text) + "\n"
 
 
-def model_card(plan: Plan, parents: tuple[Parent, Parent]) -> str:
+def model_card(plan: Plan, pair: Pair) -> str:
     """README.md of the result."""
     cross_model = plan.method == "cross"
     load = (
@@ -205,7 +262,7 @@ def model_card(plan: Plan, parents: tuple[Parent, Parent]) -> str:
     )
     lines = ["---", "library_name: transformers", "pipeline_tag: any-to-any", "tags: [jam, merge]", "---", ""]
     lines += [f"# {plan.method} merge", ""]
-    for side in parents:
+    for side in pair.sides:
         count = f"{side.checkpoint.parameters:,}"
         lines += [f"* {side.side} parent: `{side.path.name}`, {side.family.model_type}, {count} parameters"]
     lines += [
@@ -219,18 +276,24 @@ def model_card(plan: Plan, parents: tuple[Parent, Parent]) -> str:
     return "\n".join(lines)
 
 
-def _print_plan(plan: Plan, recipe: MergeRecipe) -> None:
+def _print_plan(plan: Plan, pair: Pair, recipe: MergeRecipe) -> None:
     """The dry run's page, on stdout."""
     size = plan.parameters * (4 if recipe.dtype == "float32" else 2)
+    place = next(folder for folder in (recipe.out.absolute(), *recipe.out.absolute().parents) if folder.is_dir())
     print(f"{plan.method} merge to {recipe.out}: {plan.parameters:,} parameters, {size:,} bytes of {recipe.dtype}")
+    print(f"disk: {shutil.disk_usage(place).free:,} bytes are free")
     print(f"preserves: {plan.preserves}")
     for note in plan.notes:
         print(f"note: {note}")
-    print("tensors:")
+    for side in pair.sides:
+        print(f"from the {side.side} parent {side.path}:")
+        for name, fate in input_fates(plan, side).items():
+            print(f"  {name} {list(side.shape(name))}: {fate}")
+    print("tensors of the result:")
     for job in plan.jobs:
         print(f"  {job.name} {_shape(job)}: {job.rule.fate}")
     for name, table in plan.rows.items():
-        print(f"rows, {name}:")
+        print(f"rows, {name}: {', '.join(f'{count} {label}' for label, count in table['counts'].items())}")
         for start, stop, label in table["ranges"]:
             print(f"  [{start}, {stop}): {label}")
 

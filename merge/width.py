@@ -11,15 +11,41 @@ The result is a checkpoint of the parents' own class. Head rows are concatenated
 parents'. What no block layout can keep: one norm over the doubled width mixes the statistics of both halves.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from jam.models.families import HEAD
-from merge.plan import Job, Parent, Plan, Rule, joint_jam_file, single_table_config
+from jam.models.families import HEAD, Axes
+from merge.plan import Job, Parent, Plan, Rule, Source, single_table_config
 from merge.recipe import MergeRecipe
 from merge.rows import ZERO, Table, describe, half_map
-from merge.uniform import mean, single_network_obstacles
+from merge.uniform import Average, mean, single_network_obstacles
+from merge.union import Pair, joint_jam_file
+
+Segment = tuple[Parent, int, int]  # rows start to stop of one parent's tensor
+
+
+def segments(text: Parent, image: Parent, axis: str) -> tuple[Segment, ...]:
+    """The result's rows along an axis, in order: text then image, part by part where projections are fused."""
+    found: list[Segment] = []
+    starts = {text.side: 0, image.side: 0}
+    parts = (side.family.segments(side.sizes, axis) for side in (text, image))
+    for lengths in zip(*parts, strict=True):
+        for side, length in zip((text, image), lengths, strict=True):
+            found.append((side, starts[side.side], starts[side.side] + length))
+            starts[side.side] += length
+    return tuple(found)
+
+
+def cut(pieces: tuple[Segment, ...], block: slice) -> Iterator[tuple[Parent, slice]]:
+    """The parents' rows that make up a block of the result's rows."""
+    at = 0
+    for side, start, stop in pieces:
+        first, last = max(block.start, at), min(block.stop, at + stop - start)
+        if first < last:
+            yield side, slice(start + first - at, start + last - at)
+        at += stop - start
 
 
 @dataclass(frozen=True)
@@ -30,22 +56,21 @@ class Blocks:
     image: Parent
     tensor: str
     off_diagonal: str
+    pieces: tuple[Segment, ...]
 
     @property
     def fate(self) -> str:
         return f"text and image {self.tensor} on the diagonal, {self.off_diagonal} beside them"
 
-    def rows(self, block: slice) -> np.ndarray:
-        split = self.text.shape(self.tensor)[0]
-        upper = slice(min(block.start, split), min(block.stop, split))
-        lower = slice(max(block.start, split) - split, max(block.stop, split) - split)
-        parts = []
-        for own, other, rows in ((self.text, self.image, upper), (self.image, self.text, lower)):
-            if rows.start < rows.stop:
-                parts.append(self._half(own, other, rows))
-        return np.concatenate(parts)
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return tuple((side.side, self.tensor) for side in (self.text, self.image))
 
-    def _half(self, own: Parent, other: Parent, rows: slice) -> np.ndarray:
+    def rows(self, block: slice) -> np.ndarray:
+        return np.concatenate([self._half(own, rows) for own, rows in cut(self.pieces, block)])
+
+    def _half(self, own: Parent, rows: slice) -> np.ndarray:
+        other = self.image if own is self.text else self.text
         diagonal = own.checkpoint.read(self.tensor, rows)
         if self.off_diagonal == "zero":
             beside = np.zeros((len(diagonal), other.shape(self.tensor)[1]), np.float32)
@@ -59,33 +84,43 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Ends:
-    """A vector: the text parent's, then the image parent's."""
+    """A vector, or a matrix with a vector per head: the text parent's rows, then the image parent's."""
 
-    text: Parent
-    image: Parent
     tensor: str
+    pieces: tuple[Segment, ...]
 
     @property
     def fate(self) -> str:
         return f"text and image {self.tensor} end to end"
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return tuple({side.side: (side.side, self.tensor) for side, *_ in self.pieces}.values())
+
     def rows(self, block: slice) -> np.ndarray:
-        return np.concatenate([side.checkpoint.read(self.tensor) for side in (self.text, self.image)])[block]
+        return np.concatenate([side.checkpoint.read(self.tensor, rows) for side, rows in cut(self.pieces, block)])
 
 
 @dataclass(frozen=True)
 class SideBySide:
-    """A table: each row is the text parent's row followed by the image parent's."""
+    """A table: each row is the text parent's row followed by the image parent's, times ``scales``."""
 
     text: Table
     image: Table
+    scales: tuple[float, float] = (1.0, 1.0)
 
     @property
     def fate(self) -> str:
-        return f"rows of text {self.text.tensor} and image {self.image.tensor} side by side"
+        scaled = "" if self.scales == (1.0, 1.0) else f", times {self.scales[0]:.6g} and {self.scales[1]:.6g}"
+        return f"rows of text {self.text.tensor} and image {self.image.tensor} side by side{scaled}"
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.text.origin, self.image.origin)
 
     def rows(self, block: slice) -> np.ndarray:
-        return np.concatenate([self.text.read(block), self.image.read(block)], axis=1)
+        halves = zip((self.text, self.image), self.scales, strict=True)
+        return np.concatenate([table.read(block) * np.float32(scale) for table, scale in halves], axis=1)
 
 
 @dataclass(frozen=True)
@@ -100,13 +135,18 @@ class Positions:
     def fate(self) -> str:
         return f"rows of text and image {self.tensor} side by side"
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return tuple((side.side, self.tensor) for side in (self.text, self.image))
+
     def rows(self, block: slice) -> np.ndarray:
         return np.concatenate([side.checkpoint.read(self.tensor, block) for side in (self.text, self.image)], axis=1)
 
 
-def obstacles(text: Parent, image: Parent, recipe: MergeRecipe) -> list[str]:
+def obstacles(pair: Pair, recipe: MergeRecipe) -> list[str]:
     """Why a width merge of these parents is impossible; empty when it is possible."""
-    found = single_network_obstacles(text, image)
+    text, image = pair.sides
+    found = single_network_obstacles(pair)
     if text.family.model_type != image.family.model_type:
         return found
     ratios = [side.sizes.heads // side.sizes.kv_heads for side in (text, image)]
@@ -118,20 +158,54 @@ def obstacles(text: Parent, image: Parent, recipe: MergeRecipe) -> list[str]:
         ours, theirs = text.shape(name), image.shape(name)
         if axes[0] == "positions" and ours[0] != theirs[0]:
             found.append(f"learned positions are {ours[0]} and {theirs[0]}; equal numbers are required")
-        elif len(axes) == 2 and axes[0] not in ("vocab", "positions") and ours != theirs:
+        elif _joins_features(axes) and ours != theirs:
             if recipe.width.off_diagonal != "zero":
                 found.append(
                     f"tensor {name} is {list(ours)} in the text parent and {list(theirs)} in the image parent; "
                     f"off_diagonal={recipe.width.off_diagonal} needs equal shapes, width.off_diagonal=zero does not"
                 )
             break
+    if recipe.width.qk_norm == "equal":
+        found += _unequal_head_norms(text, image)
     return found
 
 
-def _config(text: Parent, image: Parent, recipe: MergeRecipe) -> dict:
+def _joins_features(axes: Axes) -> bool:
+    """A matrix that reads features, hence one of four blocks."""
+    return len(axes) == 2 and axes[0] not in ("vocab", "positions", "head_count", "kv_head_count")
+
+
+def _shared_by_heads(name: str, axes: Axes) -> bool:
+    """A norm of queries or keys with one vector for all heads, or one statistic over all of them."""
+    return "norm" in name and axes in (("head_dim",), ("heads",), ("kv_heads",))
+
+
+def _unequal_head_norms(text: Parent, image: Parent) -> list[str]:
+    for name, axes in text.axes.items():
+        if _shared_by_heads(name, axes):
+            ours, theirs = (side.checkpoint.read(name) for side in (text, image))
+            if not np.array_equal(ours, theirs):
+                return [
+                    f"tensor {name} serves all heads at once and differs between the parents; equal norms of queries "
+                    "and keys are required, or width.qk_norm=average (changes both parents)"
+                ]
+    return []
+
+
+def _embedding_scales(text: Parent, image: Parent) -> tuple[float, float]:
+    """What keeps each half's first states its parent's where the family multiplies rows by the root of the width."""
+    if not text.family.scaled_embeddings:
+        return 1.0, 1.0
+    both = text.sizes.model + image.sizes.model
+    return (text.sizes.model / both) ** 0.5, (image.sizes.model / both) ** 0.5
+
+
+def _config(pair: Pair, recipe: MergeRecipe) -> dict:
+    text, image = pair.sides
     ours, theirs = text.sizes, image.sizes
-    tied = ours.tied and theirs.tied
-    config = single_table_config(image, image.vocabulary, recipe.dtype, tie_word_embeddings=tied)
+    # a head that is a scaled table cannot undo the scale that both halves enter with
+    tied = ours.tied and theirs.tied and not text.family.scaled_embeddings
+    config = single_table_config(image, pair.union.vocabulary, recipe.dtype, tie_word_embeddings=tied)
     for name in ("heads", "model", "ffn"):
         config[image.family.keys[name]] = getattr(ours, name) + getattr(theirs, name)
     config["max_position_embeddings"] = min(ours.positions, theirs.positions)
@@ -144,22 +218,31 @@ def _config(text: Parent, image: Parent, recipe: MergeRecipe) -> dict:
     return config
 
 
-def plan(text: Parent, image: Parent, recipe: MergeRecipe) -> Plan:
+def plan(pair: Pair, recipe: MergeRecipe) -> Plan:
     """The jobs of a width merge; the parents must have no ``obstacles``."""
-    mode, vocabulary = recipe.width.off_diagonal, image.vocabulary
-    config = _config(text, image, recipe)
+    text, image, union, mode = pair.text, pair.image, pair.union, recipe.width.off_diagonal
+    config = _config(pair, recipe)
     sizes = image.family.sizes(config)
-    maps = [half_map(vocabulary, text, image), half_map(vocabulary, image, text)]
+    maps = [half_map(union, side) for side in pair.sides]
     jobs = []
     for name, axes in image.family.tensors(config).items():
         rule: Rule
         if axes[0] == "vocab":
             tensors = [side.head if name == HEAD else side.family.embed for side in (text, image)]
-            rule = SideBySide(Table(text, tensors[0], maps[0]), Table(image, tensors[1], maps[1]))
+            scales = (1.0, 1.0) if name == HEAD else _embedding_scales(text, image)
+            tables = [
+                Table(side, tensor, rows, union.rows(side.side))
+                for side, tensor, rows in zip(pair.sides, tensors, maps, strict=True)
+            ]
+            rule = SideBySide(*tables, scales)
         elif axes[0] == "positions":
             rule = Positions(text, image, name)
+        elif axes == ("head_dim",):
+            rule = Average(text, image, name, 0.5)
+        elif _joins_features(axes):
+            rule = Blocks(text, image, name, mode, segments(text, image, axes[0]))
         else:
-            rule = Ends(text, image, name) if len(axes) == 1 else Blocks(text, image, name, mode)
+            rule = Ends(name, segments(text, image, axes[0]))
         jobs.append(Job(name, image.family.shape(sizes, axes), rule))
     notes = [
         f"one norm over {sizes.model} features mixes the statistics of both halves, so that not even zero off-diagonal "
@@ -169,13 +252,20 @@ def plan(text: Parent, image: Parent, recipe: MergeRecipe) -> Plan:
     ]
     if text.sizes.tied != image.sizes.tied:
         notes.append("one parent ties its head to its table and the other does not: the result is untied")
+    elif text.sizes.tied and not sizes.tied:
+        notes.append("rows enter times the root of the width: the table is rescaled, and the head no longer tied to it")
+    if any(_shared_by_heads(name, axes) for name, axes in text.axes.items()):
+        notes.append(
+            "norms of queries and keys are shared by all heads: "
+            + ("equal in both parents" if recipe.width.qk_norm == "equal" else "qk_norm=average, doubtful")
+        )
     half = {(True, True): "both halves", (True, False): "half: text", (False, True): "half: image"}
     labels = [half[a, b] for a, b in zip((maps[0] != ZERO).tolist(), (maps[1] != ZERO).tolist(), strict=True)]
     return Plan(
         "width",
         tuple(jobs),
         config,
-        joint_jam_file(image, "width", text),
+        joint_jam_file(pair, "width"),
         f"the diagonal blocks are the parents, bit for bit; off-diagonal blocks: {mode}",
         {"input and head": describe(labels)},
         tuple(notes),

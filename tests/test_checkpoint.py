@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from jam.checkpoint import INDEX, WEIGHTS, open_checkpoint, row_blocks, write_json
 from jam.errors import CheckpointError
-from jam.floats import from_float32, overflows, to_float32
+from jam.floats import all_finite, from_float32, not_finite, to_float32
 
 
 def folder_with(tmp: Path, tensors: dict[str, torch.Tensor], name: str = WEIGHTS) -> Path:
@@ -46,8 +46,10 @@ def test_overflow_is_counted_where_torch_gives_infinity():
     values = torch.tensor([65503.0, 65519.0, 65520.0, -70000.0, 3.3e38, 3.39e38, 3.4e38])
     for name, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16), ("F32", torch.float32)):
         expected = int(values.to(dtype).isinf().sum())
-        assert overflows(values.numpy(), name) == expected, name
-    assert overflows(values.numpy(), "F16") == 5 and overflows(values.numpy(), "BF16") == 1
+        stored = from_float32(values.numpy(), name)
+        assert not_finite(stored, name) == expected and all_finite(stored, name) == (expected == 0), name
+    assert not_finite(from_float32(values.numpy(), "F16"), "F16") == 5
+    assert all_finite(from_float32(values.numpy()[:6], "F32"), "F32")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

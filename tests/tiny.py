@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from jam.document import CodesPart, Document, TextPart
+from jam.models.tower import network_class
 from jam.tokens.vocabulary import JamFile, Span, Vocabulary
 from jam.tokens.vq import VQConfig, VQModel
 
@@ -33,34 +34,47 @@ VQ = VQConfig(
     embed_dim=4,
     n_embed=CODES,
 )
-_FAMILIES = {
-    "opt": (
-        OPTConfig,
-        OPTForCausalLM,
-        {
-            "hidden_size": 32,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "ffn_dim": 64,
-            "max_position_embeddings": 256,
-            "enable_bias": False,
-            "layer_norm_elementwise_affine": False,
-            "dropout": 0.0,
-        },
-    ),
-    "llama": (
-        LlamaConfig,
-        LlamaForCausalLM,
-        {
-            "hidden_size": 32,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 64,
-            "max_position_embeddings": 256,
-        },
-    ),
+_COMMON = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": True,
 }
+_OWN: dict[str, dict] = {
+    "opt": {"ffn_dim": 64, "enable_bias": False, "layer_norm_elementwise_affine": False, "dropout": 0.0},
+    "llama": {},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+    "qwen3": {"head_dim": 16},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "phi3": {},
+    "olmo2": {},
+    "emu3_text_model": {"attention_dropout": 0.0},
+    "chameleon": {
+        "vq_config": {"base_channels": 32, "embed_dim": 4, "num_embeddings": 8},
+        "vocabulary_map": {"<image>": 4},
+    },
+}
+
+
+def tiny_config(family: str, **changes) -> PreTrainedConfig:
+    """A small configuration of any family; a change of depth drops what is listed by layer."""
+    settings = _COMMON | _OWN[family] | changes
+    if family == "opt":
+        settings["word_embed_proj_dim"] = settings["hidden_size"]
+        del settings["num_key_value_heads"], settings["intermediate_size"]
+    if "num_hidden_layers" in changes:
+        settings.pop("layer_types", None)
+    return AutoConfig.for_model(family, **settings)
 
 
 def tiny_tokenizer(merges: int = len(MERGES)) -> Tokenizer:
@@ -102,20 +116,9 @@ def tiny_parent(
     folder: Path, images: bool, seed: int, family: str = "opt", merges: int = len(MERGES), **changes
 ) -> Path:
     """One parent in ``folder``; ``changes`` go to the transformers config."""
-    config_class, model_class, defaults = _FAMILIES[family]
     vocabulary = tiny_vocabulary(images, merges)
-    settings = {
-        "vocab_size": vocabulary.size,
-        "bos_token_id": 0,
-        "pad_token_id": 1,
-        "eos_token_id": 2,
-        "tie_word_embeddings": True,
-    }
-    settings |= defaults | changes
-    settings.setdefault("word_embed_proj_dim", settings["hidden_size"])
-    if family == "llama":
-        del settings["word_embed_proj_dim"]
-    model: PreTrainedModel = model_class(config_class(**settings)).to(torch.float32)
+    config = tiny_config(family, vocab_size=vocabulary.size, **changes)
+    model: PreTrainedModel = network_class(family)(config).to(torch.float32)
     randomize(model, seed)
     model.save_pretrained(folder)
     _write_tokenizer(folder, merges)

@@ -13,6 +13,8 @@ This file knows no sampling, no tokenizers and no training loop.
 Shapes: B batch, T tokens, S key slots, D text width, E image width, N rows, K a head's own ids, V vocabulary.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -24,10 +26,11 @@ from transformers import (
     Cache,
     DynamicCache,
     GenerationMixin,
+    PreTrainedConfig,
     PreTrainedModel,
     initialization,
 )
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, sliding_window_overlay
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -35,7 +38,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from jam.models.cross_config import JamCrossConfig
 from jam.models.exchange import CrossBlock, Exchange
 from jam.models.heads import next_heads
-from jam.models.masks import default_positions, mask_for
+from jam.models.masks import default_positions, mask_for, windowed
 from jam.models.span_head import SpanHead, owned_slices, place
 from jam.models.tower import Tower, build_tower
 from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD
@@ -168,28 +171,45 @@ class JamCrossForCausalLM(PreTrainedModel, GenerationMixin):
             rows = self.shared.embed(input_ids)
             image_rows = self.shared.image_in(rows)
         x_BTD, y_BTE = text.embed(rows, position_ids), image.embed(image_rows, position_ids)
-        # one mask for self- and cross-attention; positions are not consulted, packing is said by a 4D mask
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x_BTD,
-            attention_mask=mask_for(self.config, attention_mask, x_BTD.dtype, past_key_values, input_ids.shape[1]),
-            past_key_values=past_key_values,
-        )
+        # the one without a window serves cross-attention too; positions are not consulted, a 4D mask says packing
+        masks = self._masks(x_BTD, attention_mask, past_key_values)
         kwargs = kwargs | {"position_ids": position_ids}
-        text_rotary, image_rotary = text.rotary(x_BTD, position_ids), image.rotary(y_BTE, position_ids)
+        text_inputs = text.inputs(x_BTD, position_ids, partial(masks, text.config))
+        image_inputs = image.inputs(y_BTE, position_ids, partial(masks, image.config))
         text_done = image_done = 0
         ends = [*self.config.exchanges, [len(text.layers), len(image.layers)]]
         for index, (text_end, image_end) in enumerate(ends):
             for layer in range(text_done, text_end):
-                x_BTD = text.run(layer, x_BTD, mask, past_key_values, **text_rotary, **kwargs)
+                x_BTD = text.run(layer, x_BTD, past_key_values, **text_inputs[layer], **kwargs)
             for layer in range(image_done, image_end):
-                y_BTE = image.run(layer, y_BTE, mask, past_key_values, **image_rotary, **kwargs)
+                y_BTE = image.run(layer, y_BTE, past_key_values, **image_inputs[layer], **kwargs)
             text_done, image_done = text_end, image_end
             if index < len(self.cross):
                 x_BTD, y_BTE = self.cross[index](
-                    x_BTD, y_BTE, attention_mask=mask, past_key_values=past_key_values, **kwargs
+                    x_BTD, y_BTE, attention_mask=masks(self.config), past_key_values=past_key_values, **kwargs
                 )
         return text.finish(x_BTD), image.finish(y_BTE)
+
+    def _masks(self, x_BTD: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Callable[..., Tensor | None]:
+        """Masks in the form that a network's attention reads (Gemma2's is eager by default), by sliding window; each
+        is made once."""
+        made: dict[tuple[str, int | None], Tensor | None] = {}
+
+        def mask(config: PreTrainedConfig, window: int | None = None) -> Tensor | None:
+            key = config._attn_implementation, window
+            if key not in made:
+                length = x_BTD.shape[1]
+                wanted = attention_mask if window is None else windowed(attention_mask, window)
+                made[key] = create_causal_mask(
+                    config=config,
+                    inputs_embeds=x_BTD,
+                    attention_mask=mask_for(config, wanted, x_BTD.dtype, cache, length),
+                    past_key_values=cache,
+                    and_mask_function=None if window is None else sliding_window_overlay(window),
+                )
+            return made[key]
+
+        return mask
 
     def head(self, kind: int, text_ND: Tensor, image_NE: Tensor) -> Tensor:
         """Logits [N, K] of one head over its own ids only, in the order of ``owned_slices(vocabulary, kind)``.
@@ -202,11 +222,12 @@ class JamCrossForCausalLM(PreTrainedModel, GenerationMixin):
         if self.config.tables == "shared":
             z_ND = self.shared.project(torch.cat([text_ND, image_NE], -1))
             return torch.cat([nn.functional.linear(z_ND, self.shared.embed.weight[part]) for part in slices], -1)
-        head, states = (self.text.lm_head, text_ND) if kind == TEXT_HEAD else (self.image.lm_head, image_NE)
+        tower, states = (self.text, text_ND) if kind == TEXT_HEAD else (self.image, image_NE)
+        head = tower.lm_head
         if isinstance(head, SpanHead) and not isinstance(head.weight, DTensor):
-            return head(states, slices)
+            return Tower(tower).scores(head(states, slices))
         logits = head(states)  # wrapped (LoRA), resized or sharded by rows: all ids, then its own
-        return torch.cat([logits[..., part] for part in slices], -1)
+        return Tower(tower).scores(torch.cat([logits[..., part] for part in slices], -1))
 
     def logits(self, text_BTD: Tensor, image_BTE: Tensor, heads_BT: Tensor) -> Tensor:
         """[..., V]: each position's own head on its own ids, the lowest finite value elsewhere.

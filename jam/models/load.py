@@ -27,11 +27,14 @@ from transformers.utils import logging
 from jam.checkpoint import open_checkpoint
 from jam.errors import CheckpointError, GenerationError
 from jam.models import cross  # also registers jam_cross with transformers' Auto classes
+from jam.models.families import FAMILIES
 from jam.models.heads import allowed_ids, restrict
 from jam.models.masks import default_positions, mask_for
+from jam.models.tower import network_class
+from jam.tokens.adopt import read_jam_file
 from jam.tokens.image import ImageTokenizer
 from jam.tokens.text import TextTokenizer
-from jam.tokens.vocabulary import JamFile, Vocabulary
+from jam.tokens.vocabulary import Vocabulary
 
 _INTEGERS = ("I8", "I16", "I32", "U16", "U32", "U64")  # weights only if quantized; masks and counters are other types
 Softmax = Literal["restricted", "joint"]
@@ -132,7 +135,7 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32) -> Bundle:
     """
     path = Path(path)
     checkpoint = open_checkpoint(path)
-    record = JamFile.read(path)
+    record = read_jam_file(path, checkpoint.config)
     text = TextTokenizer.load(path)
     if quantized := [info for info in checkpoint.tensors.values() if info.dtype in _INTEGERS]:
         raise CheckpointError(
@@ -156,14 +159,16 @@ def load_model(path: Path, config: dict, dtype: torch.dtype = torch.float32) -> 
         CheckpointError: as :func:`load_bundle`.
     """
     model_type = config.get("model_type")
-    if model_type not in ["jam_cross", *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]:
+    if model_type not in ["jam_cross", *FAMILIES, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]:
         raise CheckpointError(
             f"{path}: model type {model_type!r} is not a causal language model that transformers or jam knows; "
             "point to another checkpoint"
         )
     try:
         with quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            # some of our families are known to transformers under the class alone (Emu3's text model)
+            loader = network_class(model_type) if model_type in FAMILIES else AutoModelForCausalLM
+            model, info = loader.from_pretrained(
                 path,
                 dtype=dtype,
                 local_files_only=True,

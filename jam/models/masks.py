@@ -45,3 +45,15 @@ def mask_for(
     # eager attention takes its softmax in float32: float64's lowest number would round to -inf there
     lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
+
+
+def windowed(mask: Tensor | None, window: int) -> Tensor | None:
+    """A 4D bool mask that hides what lies ``window`` slots or more before the query, too; other forms go through.
+
+    The last query is in the last slot, and a document lies in one piece.
+    """
+    if mask is None or mask.ndim != 4 or mask.dtype != torch.bool:
+        return mask
+    queries, slots = mask.shape[-2:]
+    slot = torch.arange(slots, device=mask.device)
+    return mask & (slot[-queries:, None] - slot < window)

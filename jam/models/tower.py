@@ -2,82 +2,43 @@
 
 A tower *is* transformers' own class (its tensors keep their names); :class:`Tower` only knows where each family keeps
 its table, its layers, its final norm and its head, and calls them one at a time, so that a fused model can exchange
-states between layers. Stages: ``rows`` -> ``embed`` -> ``rotary`` -> ``run`` layer by layer -> ``finish``.
+states between layers. Stages: ``rows`` -> ``embed`` -> ``inputs`` -> ``run`` layer by layer -> ``finish`` -> the head's
+scores through ``scores``.
 
-What differs between families is the table ``FAMILIES``; a family is added there. This file builds no masks, chooses no
-positions and owns no parameters.
+Most families are of Llama's build and need nothing of their own here: scaled embeddings (Gemma), layers without rotary
+positions (SmolLM3), fused projections (Phi3), norms before or after (Olmo2) are inside transformers' modules. What a
+layer is given from outside differs in two ways: rotary positions by layer type (Gemma3) and sliding windows. This file
+chooses no positions and owns no parameters.
 
 Shapes: B batch, T tokens, D model width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import Cache, LlamaForCausalLM, OPTForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from jam.errors import CheckpointError
+from jam.models.chameleon import ChameleonForCausalLM
+from jam.models.families import FAMILIES, windows
+
+Masks = Callable[[int | None], Tensor | None]  # the mask under a sliding window, or without one
 
 
-@dataclass(frozen=True)
-class Family:
-    """How one transformers family is driven.
-
-    Attributes:
-        model_class: its CausalLM.
-        decoder: the module that holds table, layers and final norm.
-        embed: (decoder, token rows [B, T, E], position_ids [B, T]) -> first states [B, T, D].
-        rotary: (decoder, states, position_ids) -> keyword arguments for every layer.
-        finish: (decoder, states) -> what the head reads.
-    """
-
-    model_class: type[PreTrainedModel]
-    decoder: Callable[[PreTrainedModel], nn.Module]
-    embed: Callable[[nn.Module, Tensor, Tensor], Tensor]
-    rotary: Callable[[nn.Module, Tensor, Tensor], dict[str, Any]]
-    finish: Callable[[nn.Module, Tensor], Tensor]
+def network_class(model_type: str) -> type[PreTrainedModel]:
+    """The CausalLM of a known family: transformers' own, but for Chameleon, which cannot draw there."""
+    if model_type == "chameleon":
+        return ChameleonForCausalLM
+    return getattr(transformers, FAMILIES[model_type].architecture)
 
 
-def _opt_embed(decoder: nn.Module, rows_BTE: Tensor, positions_BT: Tensor) -> Tensor:
-    x_BTD = rows_BTE if decoder.project_in is None else decoder.project_in(rows_BTE)
-    # its first argument, a 2D attention mask, is only read to infer positions that were not given
-    return x_BTD + decoder.embed_positions(positions_BT, position_ids=positions_BT)
-
-
-def _opt_finish(decoder: nn.Module, x_BTD: Tensor) -> Tensor:
-    x_BTD = x_BTD if decoder.final_layer_norm is None else decoder.final_layer_norm(x_BTD)
-    return x_BTD if decoder.project_out is None else decoder.project_out(x_BTD)
-
-
-FAMILIES: dict[str, Family] = {
-    "opt": Family(
-        OPTForCausalLM,
-        decoder=lambda model: model.model.decoder,
-        embed=_opt_embed,
-        rotary=lambda decoder, x_BTD, positions_BT: {},
-        finish=_opt_finish,
-    ),
-    "llama": Family(
-        LlamaForCausalLM,
-        decoder=lambda model: model.model,
-        embed=lambda decoder, rows_BTE, positions_BT: rows_BTE,
-        rotary=lambda decoder, x_BTD, positions_BT: {
-            "position_embeddings": decoder.rotary_emb(x_BTD, position_ids=positions_BT)
-        },
-        finish=lambda decoder, x_BTD: decoder.norm(x_BTD),
-    ),
-}
-
-
-def family_of(model_type: str) -> Family:
-    """Raises CheckpointError for a model type that cannot be a tower."""
-    if model_type not in FAMILIES:
-        raise CheckpointError(
-            f"model type {model_type!r} cannot be a tower; {', '.join(FAMILIES)} can, choose another parent"
-        )
-    return FAMILIES[model_type]
+def capped(config: PreTrainedConfig, logits: Tensor) -> Tensor:
+    """A head's output as the family scores it (Gemma2 caps it)."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def build_tower(config: PreTrainedConfig, first_slot: int, tables: bool = True) -> PreTrainedModel:
@@ -85,12 +46,18 @@ def build_tower(config: PreTrainedConfig, first_slot: int, tables: bool = True) 
 
     Args:
         tables: False replaces table and head by identities (a shared table serves both towers).
+
+    Raises:
+        CheckpointError: a model type that cannot be a tower.
     """
-    family = family_of(config.model_type)
+    if config.model_type not in FAMILIES:
+        raise CheckpointError(
+            f"model type {config.model_type!r} cannot be a tower; {', '.join(FAMILIES)} can, choose another parent"
+        )
     if not tables:
         config.tie_word_embeddings = False  # nothing left to tie
-    model = family.model_class(config)
-    decoder = family.decoder(model)
+    model = network_class(config.model_type)(config)
+    decoder = Tower(model).decoder
     for index, layer in enumerate(decoder.layers):
         layer.self_attn.layer_idx = first_slot + index
     if not tables:
@@ -103,31 +70,52 @@ class Tower:
     """A view on a CausalLM of a known family; holds no parameters, so it may be made on every forward."""
 
     def __init__(self, model: PreTrainedModel):
-        self.model = model
-        self.family = family_of(model.config.model_type)
-        self.decoder = self.family.decoder(model)
+        self.model, self.config = model, model.config
+        self.is_opt = model.config.model_type == "opt"
+        self.decoder = model.model.decoder if self.is_opt else model.model
         self.layers = self.decoder.layers
 
     def rows(self, ids_BT: Tensor) -> Tensor:
-        """Rows of the tower's own table."""
+        """Rows of the tower's own table, scaled as the family scales them."""
         return self.decoder.embed_tokens(ids_BT)
 
     def embed(self, rows_BTE: Tensor, positions_BT: Tensor) -> Tensor:
         """First states from table rows and 0-based positions (OPT's table adds its own offset of 2)."""
-        return self.family.embed(self.decoder, rows_BTE, positions_BT)
+        if not self.is_opt:
+            return rows_BTE
+        x_BTD = rows_BTE if self.decoder.project_in is None else self.decoder.project_in(rows_BTE)
+        # its first argument, a 2D attention mask, is only read to infer positions that were not given
+        return x_BTD + self.decoder.embed_positions(positions_BT, position_ids=positions_BT)
 
-    def rotary(self, x_BTD: Tensor, positions_BT: Tensor) -> dict[str, Any]:
-        return self.family.rotary(self.decoder, x_BTD, positions_BT)
+    def inputs(self, x_BTD: Tensor, positions_BT: Tensor, masks: Masks) -> list[dict[str, Any]]:
+        """What each layer is given beside its states: its mask, and its rotary positions where it has some."""
+        spans = windows(self.config.to_dict())
+        given: list[dict[str, Any]] = [{"attention_mask": masks(window)} for window in spans]
+        if self.is_opt:
+            return given
+        kinds = self.config.layer_types if self.config.model_type == "gemma3_text" else [None] * len(spans)
+        rotary = {
+            kind: self.decoder.rotary_emb(x_BTD, positions_BT, *([] if kind is None else [kind])) for kind in set(kinds)
+        }
+        return [one | {"position_embeddings": rotary[kind]} for one, kind in zip(given, kinds, strict=True)]
 
-    def run(self, index: int, x_BTD: Tensor, mask: Tensor | None, cache: Cache | None, **kwargs: Any) -> Tensor:
+    def run(self, index: int, x_BTD: Tensor, cache: Cache | None, **inputs: Any) -> Tensor:
         """Layer ``index``; LayerDrop (OPT) is honoured as the parent's training did.
 
         States go in by position: gradient checkpointing recomputes from positional tensors.
         """
-        layerdrop = self.decoder.layerdrop if self.model.config.model_type == "opt" else 0.0
+        layerdrop = self.decoder.layerdrop if self.is_opt else 0.0
         if self.model.training and layerdrop > 0.0 and torch.rand([]) < layerdrop:
             return x_BTD
-        return self.layers[index](x_BTD, attention_mask=mask, past_key_values=cache, **kwargs)
+        output = self.layers[index](x_BTD, past_key_values=cache, **inputs)
+        return output[0] if isinstance(output, tuple) else output  # Chameleon's layers return a tuple
 
     def finish(self, x_BTD: Tensor) -> Tensor:
-        return self.family.finish(self.decoder, x_BTD)
+        """What the head reads."""
+        if not self.is_opt:
+            return self.decoder.norm(x_BTD)
+        x_BTD = x_BTD if self.decoder.final_layer_norm is None else self.decoder.final_layer_norm(x_BTD)
+        return x_BTD if self.decoder.project_out is None else self.decoder.project_out(x_BTD)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        return capped(self.config, logits)

@@ -81,7 +81,7 @@ def test_two_that_fit_by_some(
 
 def test_two_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     text, _ = tiny_pair(tmp_path)
-    assert "neither makes images" in inspect(capsys, text, text)
+    assert "has no image ids; use an image-text model" in inspect(capsys, text, text)
 
 
 def test_reads_no_weights_and_no_torch(tmp_path: Path):
@@ -105,7 +105,9 @@ def test_a_folder_without_jam_json_or_of_another_family_is_still_described(
 ):
     text, image = tiny_pair(tmp_path)
     (text / "jam.json").unlink()
-    assert "no jam.json; jam needs one" in inspect(capsys, text)
+    assert "text [8, 288)" in inspect(capsys, text)
+    (text / "tokenizer.json").unlink()
+    assert "neither jam.json nor tokenizer.json" in inspect(capsys, text)
     config = (image / "config.json").read_text()
     (image / "config.json").write_text(config.replace('"model_type": "opt"', '"model_type": "mamba"'))
     assert "mamba, which cannot be a parent; known families are opt, llama" in inspect(capsys, image)

@@ -107,7 +107,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "NaN": (poison, f"tensor {FC1} has 2 of 2048 values that are NaN or infinite"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),
     "bad tokenizer": (lambda f: cut(f / "tokenizer.json"), "the file is damaged"),
-    "no jam.json": (lambda f: (f / "jam.json").unlink(), "no jam.json"),
+    "no jam.json, no tokenizer": (
+        lambda f: [(f / name).unlink() for name in ("jam.json", "tokenizer.json")],
+        "neither jam.json nor tokenizer.json",
+    ),
     "family": (lambda f: edit_config(f, model_type="mamba"), "known families are opt, llama"),
     "config lies": (lambda f: edit_config(f, ffn_dim=128), "is [64, 32], config.json asks for [128, 32]"),
 }
@@ -141,7 +144,6 @@ def test_a_bad_parent_is_one_line_and_leaves_nothing(
         ("width", {"image_ffn_dim": 128}, [FC1, "width.off_diagonal=zero does not", "use --method cross"]),
         ("width", {"image_family": "llama"}, ["opt and llama; one family is required", "use --method cross"]),
         ("width", {"image_enable_bias": True}, ["enable_bias is False in the text parent and True", "--method cross"]),
-        ("cross", {"image_merges": 12}, ["other kinds", "no method can fuse these parents"]),
     ],
 )
 def test_parents_that_do_not_fit_are_told_what_would(

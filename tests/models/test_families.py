@@ -10,27 +10,45 @@ from safetensors.torch import load_file, save_file
 
 from jam.checkpoint import WEIGHTS, open_checkpoint
 from jam.errors import CheckpointError
-from jam.models.families import FAMILIES, check_tensors, family_of, rope
-from tests.tiny import tiny_parent
+from jam.models.families import FAMILIES, check_tensors, family_of, trait
+from jam.models.tower import network_class
+from tests.tiny import tiny_config, tiny_parent
 
+CHANGES = [
+    {},
+    {"attention_bias": True, "mlp_bias": True},
+    {"tie_word_embeddings": False, "head_dim": 24},
+    {"num_key_value_heads": 4, "hidden_size": 48},
+]
+OPT_CHANGES = [{"enable_bias": True, "layer_norm_elementwise_affine": True}, {"tie_word_embeddings": False}]
 VARIANTS = [
-    ("opt", {}),
-    ("opt", {"enable_bias": True, "layer_norm_elementwise_affine": True}),
-    ("opt", {"tie_word_embeddings": False}),
-    ("llama", {}),
-    ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
+    *((family, changes) for family in FAMILIES for changes in CHANGES if family != "opt"),
+    *(("opt", changes) for changes in [{}, *OPT_CHANGES]),
 ]
 
 
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)
-def test_every_tensor_of_transformers_is_claimed(tmp_path: Path, family: str, changes: dict):
-    checkpoint = open_checkpoint(tiny_parent(tmp_path, False, 0, family, **changes))
-    found = family_of(checkpoint.config, "here")
-    assert check_tensors(checkpoint, found).keys() == checkpoint.tensors.keys()
+def test_every_tensor_of_transformers_is_claimed_with_its_shape(family: str, changes: dict):
+    config = tiny_config(family, vocab_size=96, **changes)
+    with torch.device("meta"):
+        model = network_class(family)(config)
+    stored = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del stored["lm_head.weight"]
+    found, saved = FAMILIES[family], config.to_dict()
+    sizes = found.sizes(saved)
+    assert {name: found.shape(sizes, axes) for name, axes in found.tensors(saved).items()} == stored
 
 
-def test_both_families_are_covered():
-    assert {family for family, _ in VARIANTS} == FAMILIES.keys()
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+def test_what_old_transformers_left_out_means_its_default(family: str, changes: dict):
+    """transformers 4 saved only the keys that differ from the defaults."""
+    config = tiny_config(family, vocab_size=96, **changes)
+    whole, default = config.to_dict(), type(config)().to_dict()
+    brief = {key: value for key, value in whole.items() if key == "model_type" or value != default.get(key)}
+    found = FAMILIES[family]
+    assert found.sizes(brief) == found.sizes(whole) and found.tensors(brief) == found.tensors(whole)
+    assert all(trait(brief, key) == trait(whole, key) for key in found.alike)
 
 
 def test_absent_keys_mean_what_transformers_means(tmp_path: Path):
@@ -94,6 +112,18 @@ def test_refuses_a_size_that_is_no_size(value: object):
 
 
 def test_rope_is_read_in_both_spellings():
-    old = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    new = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}
-    assert rope(old) == rope(new) != rope({})
+    base = {"model_type": "llama"}
+    old = base | {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    new = base | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}
+    assert trait(old, "rope") == trait(new, "rope") != trait(base, "rope")
+
+
+def test_two_rotary_speeds_are_read_in_both_spellings():
+    base = {"model_type": "gemma3_text"}
+    linear = {"rope_type": "linear", "factor": 8.0}
+    old = base | {"rope_theta": 5e5, "rope_local_base_freq": 7e3, "rope_scaling": linear}
+    new = {
+        "full_attention": linear | {"rope_theta": 5e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 7e3},
+    }
+    assert trait(old, "rope") == trait(base | {"rope_parameters": new}, "rope") != trait(base, "rope")

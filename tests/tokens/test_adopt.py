@@ -1,0 +1,59 @@
+"""A plain language model's folder says what its ids are."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jam.errors import CheckpointError
+from jam.tokens.adopt import adopt_vocabulary, read_jam_file
+from jam.tokens.vocabulary import JamFile, Span, Vocabulary
+from tests.tiny import tiny_tokenizer
+
+CONFIG = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": [2, 3], "pad_token_id": 2}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def test_special_tokens_are_controls_and_rows_without_a_token_are_reserved(folder: Path):
+    found = adopt_vocabulary(folder, CONFIG)
+    assert found.spans == (Span("control", 0, 8), Span("text", 8, 288), Span("control", 288, 320))
+    assert found.controls == {"bos": 0, "eos": 2}  # of several the first; a pad that is the eos is left out
+
+
+def test_the_tokenizers_settings_win_over_the_configuration(folder: Path):
+    settings = {"bos_token": None, "eos_token": {"content": "<break>"}, "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert adopt_vocabulary(folder, CONFIG).controls == {"eos": 5, "pad": 1}
+
+
+def test_an_end_that_is_not_marked_special_is_a_control(folder: Path):
+    found = adopt_vocabulary(folder, CONFIG | {"eos_token_id": 100})
+    assert found.controls["eos"] == 100 and Span("control", 100, 101) in found.spans
+
+
+def test_a_file_of_ours_wins(folder: Path):
+    assert read_jam_file(folder, CONFIG).vocabulary == adopt_vocabulary(folder, CONFIG)
+    ours = JamFile(Vocabulary((Span("text", 0, 320),), {}))
+    ours.write(folder)
+    assert read_jam_file(folder, CONFIG) == ours
+
+
+@pytest.mark.parametrize(
+    ("content", "config", "message"),
+    [
+        ("{", CONFIG, "the file is damaged"),
+        ('{"model": {}}', CONFIG, "the file is damaged"),
+        (None, CONFIG | {"vocab_size": 287}, "names id 287, config.json has vocab_size 287"),
+        (None, {}, "vocab_size None"),
+    ],
+)
+def test_what_does_not_fit_is_refused(folder: Path, content: str | None, config: dict, message: str):
+    if content is not None:
+        (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        adopt_vocabulary(folder, config)
