@@ -5,13 +5,12 @@ checked here (one of tokens and steps, batch sizes that divide); whether files e
 matter. Imports no torch.
 """
 
-import re
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from jam.recipe import Recipe, Section
+from jam.recipe import Pattern, Recipe, Section
 
 
 class ModalityWeights(Section):
@@ -100,19 +99,8 @@ class LossSection(Section):
 class ParameterGroup(Section):
     """Parameters whose learning rate differs."""
 
-    match: str = Field(min_length=1, description="regular expression searched in the parameter's name")
+    match: Pattern = Field(min_length=1, description="regular expression searched in the parameter's name")
     lr_mul: float = Field(ge=0.0, description="factor on the learning rate; 0 freezes the parameters")
-
-    @field_validator("match")
-    @classmethod
-    def _compiles(cls, match: str) -> str:
-        try:
-            re.compile(match)
-        except re.error as error:
-            raise ValueError(
-                f'"{match}" is no regular expression ({error}); required: one that Python compiles'
-            ) from None
-        return match
 
 
 class OptimSection(Section):

@@ -10,7 +10,8 @@ from pathlib import Path
 from jam.checkpoint import Checkpoint, open_checkpoint
 from jam.errors import CheckpointError, JamError
 from jam.floats import LONG
-from jam.models.families import FAMILIES, Family, check_tensors, family_of
+from jam.models.families import FAMILIES, check_tensors, family_of
+from jam.models.family import Family
 from jam.tokens.adopt import read_jam_file
 from merge.plan import read_parent
 from merge.recipe import MergeRecipe, WidthSection

@@ -19,12 +19,24 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML
 
 from jam.recipe_tree import Location, Origin, Tree, lay_override, read_tree
+
+
+def _compiles(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f'"{value}" is no regular expression ({error}); required: one that Python compiles') from None
+    return value
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
+"""A regular expression in a recipe."""
 
 
 class Section(BaseModel):

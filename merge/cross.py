@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jam.models.families import HEAD
+from jam.models.family import HEAD
 from merge.plan import Copy, Job, Parent, Plan, Source, single_table_config, token_ids
 from merge.recipe import MergeRecipe
 from merge.rows import MEAN, Table, describe, tower_labels, tower_map

@@ -15,7 +15,8 @@ import numpy as np
 
 from jam.checkpoint import Checkpoint, open_checkpoint
 from jam.errors import CheckpointError
-from jam.models.families import HEAD, Axes, Family, Sizes, check_tensors, family_of
+from jam.models.families import check_tensors, family_of
+from jam.models.family import HEAD, Axes, Family, Sizes
 from jam.tokens.adopt import read_jam_file
 from jam.tokens.vocabulary import JamFile, Vocabulary
 

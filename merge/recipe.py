@@ -4,13 +4,12 @@ One section per method; a section of another method than the chosen one may only
 that is silently ignored is worse than an error. Reads no checkpoint: what the parents allow is the plan's matter.
 """
 
-import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from jam.recipe import Recipe, Section
+from jam.recipe import Pattern, Recipe, Section
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -18,17 +17,8 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 class WeightRule(Section):
     """A share of its own for the tensors whose name matches."""
 
-    match: str = Field(description="regular expression, searched in the tensor's name")
+    match: Pattern = Field(description="regular expression, searched in the tensor's name")
     weight: Share | list[Share] = Field(description="as uniform.weight")
-
-    @field_validator("match")
-    @classmethod
-    def _compiles(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"{value!r} is no regular expression ({error}); mend it") from None
-        return value
 
 
 class UniformSection(Section):

@@ -25,7 +25,7 @@ from jam.checkpoint import row_blocks, write_json
 from jam.errors import CheckpointError, MergeError
 from jam.floats import SHORT
 from jam.memory import keep_freed_memory
-from jam.models.families import HEAD
+from jam.models.family import HEAD
 from jam.recipe import dump_recipe
 from jam.shards import ShardWriter, TensorSpec, check_output, encode
 from merge import cross, uniform, width

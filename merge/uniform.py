@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jam.models.families import HEAD, trait
+from jam.models.family import HEAD
+from jam.models.traits import trait
 from merge.plan import Copy, Job, Parent, Plan, Rule, Source, single_table_config
 from merge.recipe import MergeRecipe, UniformSection
 from merge.rows import MEAN, Table, describe

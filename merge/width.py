@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jam.models.families import HEAD, Axes
+from jam.models.family import HEAD, Axes
 from merge.plan import Job, Parent, Plan, Rule, Source, single_table_config
 from merge.recipe import MergeRecipe
 from merge.rows import ZERO, Table, describe, half_map

@@ -156,6 +156,18 @@ def tiny_pair(tmp: Path, seed: int = 0, **changes) -> tuple[Path, Path]:
     return folders[0], folders[1]
 
 
+def edit_json(file: Path, change: dict) -> None:
+    """Change values of a JSON file, each under its dotted path."""
+    raw = json.loads(file.read_text())
+    for path, value in change.items():
+        *parts, last = path.split(".")
+        at = raw
+        for part in parts:
+            at = at[part]
+        at[last] = value
+    file.write_text(json.dumps(raw))
+
+
 def tiny_document(seed: int = 0, images: int = 1) -> Document:
     """A caption, ``images`` images with random codes, and a closing word."""
     generator = torch.Generator().manual_seed(seed)

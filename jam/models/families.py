@@ -1,145 +1,14 @@
-"""Families of decoder-only models, as tables: configuration keys to sizes, and every tensor with named axes.
+"""The families that jam knows, each declared once; another one is one more entry of ``FAMILIES``.
 
-From the axes follow what a uniform merge may average, what a width merge concatenates and where, which tensors have a
-row per vocabulary id, and the refusal of a checkpoint with a tensor that nobody claims. Another family is one more
-entry of ``FAMILIES``. Networks live in ``jam.models.tower``; this file knows shapes only and imports neither torch
-nor transformers.
-
-Axes: "vocab" ids, "positions" learned positions with the family's extra rows, "model" width, "heads" all query heads
-times head width, "kv_heads" all key/value heads times head width, "ffn" feed-forward width, "head_dim" one head's width
-(a vector that all heads share), "head_count" and "kv_head_count" heads (a matrix with a vector per head), "qkv"
-queries, keys and values stacked, "gate_up" the two feed-forward inputs stacked.
+Networks live in ``jam.models.tower``, what configurations say by several keys in ``jam.models.traits``. Imports neither
+torch nor transformers.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from jam.checkpoint import Checkpoint
 from jam.errors import CheckpointError
-
-Axes = tuple[str, ...]
-
-HEAD = "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of one model under our names; ``positions`` counts usable positions, without a family's extra rows."""
-
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    model: int
-    ffn: int
-    vocab: int
-    positions: int
-    tied: bool
-
-
-@dataclass(frozen=True)
-class TensorRule:
-    """A weight and its axes. ``when`` and ``bias`` are configuration keys: the weight exists only if ``when`` is true
-    (always without one), a bias only if ``bias`` is true; ``True`` stands for one that always exists. A bias has the
-    weight's first axis, that of a norm all of its axes."""
-
-    name: str
-    axes: Axes
-    when: str | None = None
-    bias: str | bool = False
-
-    @property
-    def normalises(self) -> bool:
-        return "norm" in self.name
-
-
-@dataclass(frozen=True)
-class Family:
-    """One transformers model type.
-
-    ``keys`` maps our size names to configuration keys; ``defaults`` are the values that transformers takes for absent
-    keys; ``alike`` are the keys on which two parents of one merged network must agree.
-    """
-
-    model_type: str
-    architecture: str
-    keys: dict[str, str]
-    defaults: dict[str, object]
-    alike: tuple[str, ...]
-    outside: tuple[TensorRule, ...]  # once per model
-    inside: tuple[TensorRule, ...]  # once per layer, "{}" in the name
-    embed: str
-    extra_positions: int = 0  # rows of the position table before position 0
-    reads_head_dim: bool = True  # a configured head_dim counts; else a head is the width over the heads
-    scaled_embeddings: bool = False  # a table's row enters the network times the square root of the width
-    ignored: tuple[str, ...] = ()  # endings of buffers that old checkpoints carry and transformers recomputes
-
-    def value(self, config: dict, key: str) -> object:
-        """A configuration value, or transformers' default for a key that is absent (one that is null is null)."""
-        return config[key] if key in config else self.defaults.get(key)
-
-    def sizes(self, config: dict, where: str = "config.json") -> Sizes:
-        """Raises CheckpointError when a size is missing or not a positive whole number."""
-        found: dict[str, int] = {}
-        for name, key in self.keys.items():
-            value = self.value(config, key)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise CheckpointError(
-                    f"{where}: {key} is {value!r}; a positive whole number is required, restore the file"
-                )
-            found[name] = value
-        derived = {"num_key_value_heads": found["heads"], "head_dim": found["model"] // found["heads"]}
-        for key, absent in derived.items():
-            value = absent if key == "head_dim" and not self.reads_head_dim else self.value(config, key) or absent
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise CheckpointError(
-                    f"{where}: {key} is {value!r}; a positive whole number is required, restore the file"
-                )
-            derived[key] = value
-        tied = bool(self.value(config, "tie_word_embeddings"))
-        return Sizes(**found, kv_heads=derived["num_key_value_heads"], head_dim=derived["head_dim"], tied=tied)
-
-    def shape(self, sizes: Sizes, axes: Axes) -> tuple[int, ...]:
-        lengths = {
-            "vocab": sizes.vocab,
-            "positions": sizes.positions + self.extra_positions,
-            "model": sizes.model,
-            "heads": sizes.heads * sizes.head_dim,
-            "kv_heads": sizes.kv_heads * sizes.head_dim,
-            "ffn": sizes.ffn,
-            "head_dim": sizes.head_dim,
-            "head_count": sizes.heads,
-            "kv_head_count": sizes.kv_heads,
-            "qkv": (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim,
-            "gate_up": 2 * sizes.ffn,
-        }
-        return tuple(lengths[axis] for axis in axes)
-
-    def segments(self, sizes: Sizes, axis: str) -> tuple[int, ...]:
-        """Lengths of the parts of an axis: one, or several of a fused projection."""
-        heads, kv_heads = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-        parts = {"qkv": (heads, kv_heads, kv_heads), "gate_up": (sizes.ffn, sizes.ffn)}
-        return parts.get(axis) or self.shape(sizes, (axis,))
-
-    def tensors(self, config: dict) -> dict[str, Axes]:
-        """Every tensor of a model of this configuration, in network order; a tied head is no tensor."""
-        sizes = self.sizes(config)
-        result = self._present(config, self.outside, 0)
-        for layer in range(sizes.layers):
-            result |= self._present(config, self.inside, layer)
-        if not sizes.tied:
-            result[HEAD] = ("vocab", "model")
-        return result
-
-    def _present(self, config: dict, table: tuple[TensorRule, ...], layer: int) -> dict[str, Axes]:
-        result: dict[str, Axes] = {}
-        for rule in table:
-            if rule.when is None or self.value(config, rule.when):
-                result[rule.name.format(layer)] = rule.axes
-            if rule.bias is True or (rule.bias and self.value(config, rule.bias)):
-                axes = rule.axes if rule.normalises else rule.axes[:1]
-                result[rule.name.removesuffix("weight").format(layer) + "bias"] = axes
-        return result
-
+from jam.models.family import HEAD, Axes, Family, TensorRule
 
 _AFFINE = "layer_norm_elementwise_affine"  # OPT: norms have weight and bias, or neither
 _MODEL = ("model",)
@@ -222,6 +91,17 @@ def _gated(
         ignored=("rotary_emb.inv_freq",),
     )
 
+
+_GEMMA2 = {  # and 3
+    "scaled_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "head_dim": 256,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -335,17 +215,10 @@ FAMILIES: dict[str, Family] = {
             (*_attention("attention_bias", "attention_bias"), *_gated_mlp(), *_norms(*_AROUND)),
             ("attention_bias", "windows", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
             "hidden_activation",
-            scaled_embeddings=True,
-            hidden_activation="gelu_pytorch_tanh",
-            attention_bias=False,
-            head_dim=256,
-            num_key_value_heads=4,
-            tie_word_embeddings=True,
+            **_GEMMA2,
             max_position_embeddings=8192,
-            query_pre_attn_scalar=256,
             attn_logit_softcapping=50.0,
             final_logit_softcapping=30.0,
-            sliding_window=4096,
             sliding_window_pattern=2,
         ),
         _gated(
@@ -359,15 +232,8 @@ FAMILIES: dict[str, Family] = {
             ),
             ("attention_bias", "windows", "query_pre_attn_scalar"),
             "hidden_activation",
-            scaled_embeddings=True,
-            hidden_activation="gelu_pytorch_tanh",
-            attention_bias=False,
-            head_dim=256,
-            num_key_value_heads=4,
-            tie_word_embeddings=True,
+            **_GEMMA2,
             max_position_embeddings=131072,
-            query_pre_attn_scalar=256,
-            sliding_window=4096,
             sliding_window_pattern=6,
             rope_theta=1_000_000.0,
             rope_local_base_freq=10_000.0,
@@ -446,72 +312,6 @@ FAMILIES: dict[str, Family] = {
         ),
     )
 }
-
-
-def trait(config: dict, key: str) -> object:
-    """One of a family's ``alike``: a configuration value, or what several keys say together in one spelling."""
-    computed = {"rope": rope, "windows": windows, "rotary_layers": rotary_layers}
-    return computed[key](config) if key in computed else FAMILIES[config["model_type"]].value(config, key)
-
-
-def rope(config: dict) -> dict:
-    """Rotary settings in one spelling: ``rope_parameters`` of transformers 5, ``rope_theta``, ``rope_scaling`` of 4.
-
-    A family whose layer types turn at different speeds (Gemma 3) has one entry for each.
-
-    >>> base = {"model_type": "llama"}
-    >>> rope(base | {"rope_theta": 10000.0}) == rope(base | {"rope_parameters": {"rope_type": "default"}})
-    True
-    """
-    theta = FAMILIES[config["model_type"]].value(config, "rope_theta")
-    given = config.get("rope_parameters") or {}
-    if "rope_local_base_freq" not in FAMILIES[config["model_type"]].defaults:
-        return _rope_of_layers(given or config.get("rope_scaling") or {}, theta, config)
-    local = FAMILIES[config["model_type"]].value(config, "rope_local_base_freq")
-    return {
-        "full_attention": _rope_of_layers(
-            given.get("full_attention") or config.get("rope_scaling") or {}, theta, config
-        ),
-        "sliding_attention": _rope_of_layers(given.get("sliding_attention") or {}, local, config),
-    }
-
-
-def _rope_of_layers(given: dict, theta: object, config: dict) -> dict:
-    found = {"partial_rotary_factor": config.get("partial_rotary_factor") or 1.0} | given
-    found["rope_type"] = found.pop("type", None) or found.get("rope_type", "default")
-    found["rope_theta"] = float(found.get("rope_theta") or theta)
-    return found
-
-
-def rotary_layers(config: dict) -> list[bool]:
-    """Whether each layer has rotary positions (SmolLM3 leaves every fourth without)."""
-    layers = config[FAMILIES[config["model_type"]].keys["layers"]]
-    named, every = config.get("no_rope_layers"), config.get("no_rope_layer_interval", 4)
-    if named is not None:
-        return [bool(flag) for flag in named]
-    return [(layer + 1) % every != 0 for layer in range(layers)]
-
-
-def windows(config: dict) -> list[int | None]:
-    """The sliding window of every layer in tokens, None where a layer sees everything before it.
-
-    >>> windows({"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": None})
-    [None, None]
-    >>> windows({"model_type": "gemma2", "num_hidden_layers": 3, "sliding_window": 8})
-    [8, None, 8]
-    """
-    family = FAMILIES[config["model_type"]]
-    layers, window = config[family.keys["layers"]], family.value(config, "sliding_window")
-    if window is None or family.value(config, "use_sliding_window") is False:
-        return [None] * layers
-    kinds = config.get("layer_types")
-    if kinds is None:
-        first, every = family.value(config, "max_window_layers"), family.value(config, "sliding_window_pattern")
-        if every is not None:  # Gemma: every so-manieth layer sees everything
-            kinds = ["full_attention" if (layer + 1) % every == 0 else "sliding_attention" for layer in range(layers)]
-        else:  # Qwen: from a layer on; Mistral, Phi3: all
-            kinds = ["full_attention" if layer < (first or 0) else "sliding_attention" for layer in range(layers)]
-    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def family_of(config: dict, where: str) -> Family:

@@ -23,7 +23,8 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from jam.errors import CheckpointError
 from jam.models.chameleon import ChameleonForCausalLM
-from jam.models.families import FAMILIES, windows
+from jam.models.families import FAMILIES
+from jam.models.traits import windows
 
 Masks = Callable[[int | None], Tensor | None]  # the mask under a sliding window, or without one
 

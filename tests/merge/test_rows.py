@@ -1,6 +1,5 @@
 """Rows of the joint vocabulary: ownership, sources, and the refusal of vocabularies that do not fit."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from jam.tokens.vocabulary import JamFile, Span, Vocabulary
 from merge.plan import read_parent
 from merge.rows import MEAN, ZERO, Table, describe, half_map, tower_labels, tower_map
 from merge.union import Pair, owned
-from tests.tiny import tiny_pair
+from tests.tiny import edit_json, tiny_pair
 
 EMBED = "model.decoder.embed_tokens.weight"
 
@@ -77,17 +76,6 @@ def test_a_table_is_read_whole_so_that_no_bad_row_hides(folders: tuple[Path, Pat
         Table(pair.text, EMBED, half_map(pair.union, pair.text), pair.union.text).read(slice(0, 1))
 
 
-def edit(file: Path, change: dict) -> None:
-    raw = json.loads(file.read_text())
-    for path, value in change.items():
-        *parts, last = path.split(".")
-        at = raw
-        for part in parts:
-            at = at[part]
-        at[last] = value
-    file.write_text(json.dumps(raw))
-
-
 def test_a_parent_must_describe_all_its_rows(folders: tuple[Path, Path]):
     spans = (Span("control", 0, 8), Span("text", 8, 280))
     JamFile(Vocabulary(spans, {"bos": 0, "pad": 1, "eos": 2})).write(folders[0])
@@ -111,7 +99,7 @@ def test_an_image_parent_needs_its_tokenizer_of_images(folders: tuple[Path, Path
 
 
 def test_an_image_tokenizer_must_be_whole_and_its_codes_those_of_the_vocabulary(folders: tuple[Path, Path]):
-    edit(folders[1] / "image_tokenizer" / "config.json", {"n_embed": 8})
+    edit_json(folders[1] / "image_tokenizer" / "config.json", {"n_embed": 8})
     with pytest.raises(CheckpointError, match=r"codebook of 8 codes, jam\.json has 16"):
         read_parent(folders[1], "image")
     weights = folders[1] / "image_tokenizer" / "model.safetensors"
@@ -122,7 +110,7 @@ def test_an_image_tokenizer_must_be_whole_and_its_codes_those_of_the_vocabulary(
 
 @pytest.mark.parametrize("change", [{"model_type": ["opt"]}, {"num_key_value_heads": "x"}, {"hidden_size": "32"}])
 def test_a_configuration_of_other_types_is_refused(folders: tuple[Path, Path], change: dict):
-    edit(folders[0] / "config.json", change)
+    edit_json(folders[0] / "config.json", change)
     with pytest.raises(CheckpointError, match=str(folders[0])):
         read_parent(folders[0], "text")
 

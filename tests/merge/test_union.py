@@ -14,24 +14,13 @@ from jam.tokens.vocabulary import IMAGE, TEXT, JamFile, Span, Vocabulary
 from merge.plan import read_parent
 from merge.rows import Table, tower_map
 from merge.union import AVERAGED, NONE, Pair, joint_vocabulary
-from tests.tiny import tiny_pair
+from tests.tiny import edit_json, tiny_pair
 
 EMBED = "model.decoder.embed_tokens.weight"
 
 
 def open_pair(folders: tuple[Path, Path]) -> Pair:
     return Pair(read_parent(folders[0], "text"), read_parent(folders[1], "image"))
-
-
-def edit(file: Path, change: dict) -> None:
-    raw = json.loads(file.read_text())
-    for path, value in change.items():
-        *parts, last = path.split(".")
-        at = raw
-        for part in parts:
-            at = at[part]
-        at[last] = value
-    file.write_text(json.dumps(raw))
 
 
 def test_one_tokenizer_keeps_every_number(tmp_path: Path):
@@ -54,7 +43,7 @@ def test_a_tokenizer_that_cuts_otherwise_is_another_tokenizer(tmp_path: Path, ch
     folders = tiny_pair(tmp_path)
     if "model.merges" in change:  # the longer pieces stay in the vocabulary and are never produced
         change = {"model.merges": json.loads((folders[0] / "tokenizer.json").read_text())["model"]["merges"][:-1]}
-    edit(folders[1] / "tokenizer.json", change)
+    edit_json(folders[1] / "tokenizer.json", change)
     assert not open_pair(folders).one_tokenizer
 
 
@@ -106,7 +95,7 @@ def test_parents_that_cannot_be_one_pair_are_told_why(tmp_path: Path):
     folders = tiny_pair(tmp_path)
     assert "swap --text and --image" in str(open_pair((folders[1], folders[0])).obstacle())
     assert "use an image-text model" in str(open_pair((folders[0], folders[0])).obstacle())
-    edit(folders[0] / "tokenizer.json", {"normalizer": {"type": "Lowercase"}})
+    edit_json(folders[0] / "tokenizer.json", {"normalizer": {"type": "Lowercase"}})
     assert open_pair(folders).obstacle() is None
     other = tiny_pair(tmp_path / "other", image_merges=12)
     assert "both parents have image ids" in str(open_pair((folders[1], other[1])).obstacle())
@@ -114,6 +103,6 @@ def test_parents_that_cannot_be_one_pair_are_told_why(tmp_path: Path):
 
 def test_a_tokenizer_without_strings_is_refused(tmp_path: Path):
     folders = tiny_pair(tmp_path, image_merges=12)
-    edit(folders[1] / "tokenizer.json", {"pre_tokenizer": None, "decoder": None})
+    edit_json(folders[1] / "tokenizer.json", {"pre_tokenizer": None, "decoder": None})
     with pytest.raises(CheckpointError, match="neither byte-level nor sentencepiece's"):
         _ = open_pair(folders).union

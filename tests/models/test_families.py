@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from jam.checkpoint import WEIGHTS, open_checkpoint
 from jam.errors import CheckpointError
-from jam.models.families import FAMILIES, check_tensors, family_of, trait
+from jam.models.families import FAMILIES, check_tensors, family_of
 from jam.models.tower import network_class
+from jam.models.traits import trait
 from tests.tiny import tiny_config, tiny_parent
 
 CHANGES = [

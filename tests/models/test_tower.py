@@ -5,8 +5,9 @@ import torch
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask, sliding_window_overlay
 
-from jam.models.families import FAMILIES, windows
+from jam.models.families import FAMILIES
 from jam.models.tower import Tower, network_class
+from jam.models.traits import windows
 from tests.tiny import randomize, tiny_config
 
 VARIANTS = [
