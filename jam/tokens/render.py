@@ -5,7 +5,8 @@ Layout (CM3Leon, arXiv 2309.02591, figure 9: text <break> image <break> ... <eos
     <s> text <break> codes <break> text </s>                                     a plain document
     <s> <user> text <assistant> text <break> codes <break> text </s> <user> ...  a conversation
 
-A role token stands wherever the speaker changes; ``</s>`` closes a plain document and every assistant turn.
+A role token stands wherever the speaker changes; ``</s>`` closes a plain document and every assistant turn. Where the
+vocabulary has a chat model's own ``turns``, they stand in place of ``<s> <user>``, ``<user>`` and ``<assistant>``.
 Each token also carries the *head* that predicts it, text or image (``design``: two heads are never compared), and its
 loss weight. The head is local: a token is predicted by the image head when an image is open before it, the closing
 ``<break>`` included.
@@ -73,25 +74,35 @@ def render(document: Document, vocabulary: Vocabulary, text: TextTokenizer, comp
             turn appends the assistant's role token (a prompt).
 
     Raises:
-        DataError: an image in pixels (tokenise it first), an image of the wrong length, or a control that this
-            vocabulary lacks.
+        DataError: an image in pixels (tokenise it first), an image of the wrong length, a control that this vocabulary
+            lacks, or a reply that nobody asked for where the vocabulary's turns begin with the user.
     """
-    controls = vocabulary.controls
+    controls, turns = vocabulary.controls, vocabulary.turns
 
     def control(name: str) -> list[int]:
         if name not in controls:
             raise DataError(f"this model's vocabulary has no {name!r} control; use one with it or another document")
         return [controls[name]]
 
+    def begin(speaker: Role, before: Role) -> list[int]:
+        if turns is None:
+            return control(speaker)
+        if before == "document":
+            if speaker == "assistant":
+                raise DataError("the conversation begins with the assistant, this model's turns with the user")
+            return list(turns.opening)
+        return list(turns.assistant if speaker == "assistant" else turns.user)
+
     writer = _Writer()
-    writer.add(control("bos"), TEXT_HEAD, 0.0, True)
+    if turns is None or not document.parts or document.parts[0].role == "document":
+        writer.add(control("bos"), TEXT_HEAD, 0.0, True)
     role: Role = "document"
     weight = 0.0
     for part in document.parts:
         if part.role != role:
             if role == "assistant":
                 writer.add(control("eos"), TEXT_HEAD, weight, True)
-            writer.add(control(part.role), TEXT_HEAD, 0.0, True)
+            writer.add(begin(part.role, role), TEXT_HEAD, 0.0, True)
             role = part.role
         weight = part.loss
         match part:
@@ -113,8 +124,24 @@ def render(document: Document, vocabulary: Vocabulary, text: TextTokenizer, comp
     if complete:
         writer.add(control("eos"), TEXT_HEAD, weight, True)
     elif role == "user":
-        writer.add(control("assistant"), TEXT_HEAD, 0.0, True)
+        writer.add(begin("assistant", role), TEXT_HEAD, 0.0, True)
     return writer.tokens()
+
+
+def _turn_at(ids: list[int], at: int, role: Role, vocabulary: Vocabulary) -> tuple[Role, int] | None:
+    """Whose turn begins at a place of a stream, by the vocabulary's ``turns``, and where the words begin."""
+    turns, eos = vocabulary.turns, vocabulary.controls["eos"]
+    if turns is None:
+        return None
+    found: dict[Role, tuple[str, tuple[int, ...]]] = {
+        "document": ("user", turns.opening),
+        "user": ("assistant", turns.assistant),
+        "assistant": ("user", (eos, *turns.user)),
+    }
+    speaker, written = found[role]
+    if (at > 0) == (role == "document") or tuple(ids[at : at + len(written)]) != written:
+        return None
+    return speaker, at + len(written)
 
 
 def parse(ids: list[int], vocabulary: Vocabulary, text: TextTokenizer) -> Document:
@@ -139,6 +166,10 @@ def parse(ids: list[int], vocabulary: Vocabulary, text: TextTokenizer) -> Docume
     at, length = 0, vocabulary.codes_per_image
     while at < len(ids):
         token = ids[at]
+        if (turn := _turn_at(ids, at, role, vocabulary)) is not None:
+            close_text()
+            role, at = turn
+            continue
         if kinds[token] == IMAGE:
             raise DataError(f"token {at}: an image code outside an image; the stream breaks the grammar")
         if token == begin and length:

@@ -9,7 +9,7 @@ has two.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -34,12 +34,27 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Turns:
+    """How a chat model writes its turns, where its template says it in ids of its own (``jam.tokens.chat_template``).
+
+    ``opening`` stands before the first user's words, ``assistant`` between a user's words and the reply, ``user``
+    between a reply's ``eos`` and the next user's words.
+    """
+
+    opening: tuple[int, ...]
+    assistant: tuple[int, ...]
+    user: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Vocabulary:
-    """Spans that partition the ids, named controls, and the exact number of codes of an image (0: no images)."""
+    """Spans that partition the ids, named controls, the exact number of codes of an image (0: no images), and a chat
+    template's turns; without them the controls ``user`` and ``assistant`` begin a turn."""
 
     spans: tuple[Span, ...]
     controls: dict[str, int]
     codes_per_image: int = 0
+    turns: Turns | None = None
 
     def __post_init__(self) -> None:
         if not self.spans:
@@ -71,6 +86,16 @@ class Vocabulary:
                     f"vocabulary: control {name}={index} is unknown or outside a control span; "
                     f"names are {', '.join(CONTROL_NAMES)}, mend jam.json"
                 )
+        for index in () if self.turns is None else (*self.turns.opening, *self.turns.assistant, *self.turns.user):
+            if type(index) is not int or not 0 <= index < self.size or kinds[index] == IMAGE:
+                raise CheckpointError(
+                    f"vocabulary: turns name id {index!r}; text and control ids are required, mend jam.json"
+                )
+
+    @property
+    def converses(self) -> bool:
+        """Whether it can write who speaks."""
+        return self.turns is not None or {"user", "assistant"} <= set(self.controls)
 
     @property
     def size(self) -> int:
@@ -107,16 +132,20 @@ class Vocabulary:
         return codes + span.start
 
     def to_json(self) -> dict:
-        return {
+        raw: dict = {
             "spans": [[span.kind, span.start, span.stop] for span in self.spans],
             "controls": dict(self.controls),
             "codes_per_image": self.codes_per_image,
         }
+        if self.turns is not None:
+            raw["turns"] = {name: list(ids) for name, ids in asdict(self.turns).items()}
+        return raw
 
     @classmethod
     def from_json(cls, raw: dict) -> "Vocabulary":
         spans = tuple(Span(kind, start, stop) for kind, start, stop in raw["spans"])
-        found, codes = cls(spans, dict(raw["controls"]), raw["codes_per_image"]), raw["codes_per_image"]
+        turns = None if raw.get("turns") is None else Turns(**{name: tuple(ids) for name, ids in raw["turns"].items()})
+        found, codes = cls(spans, dict(raw["controls"]), raw["codes_per_image"], turns), raw["codes_per_image"]
         images = found.image_span is not None
         if type(codes) is not int or codes < 0 or (codes > 0) != images:
             raise CheckpointError(

@@ -275,4 +275,4 @@ def test_chat_refuses_a_text_model(
     parents: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert talk(monkeypatch, ["hi"], parents[0]) == 2
-    assert "no user and assistant controls" in capsys.readouterr().err
+    assert "neither turns nor user and assistant controls" in capsys.readouterr().err

@@ -1,0 +1,141 @@
+"""Turns read off chat templates of several kinds, and conversations written with them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jam.document import CodesPart, Document, TextPart
+from jam.errors import CheckpointError, DataError
+from jam.models.load import load_bundle
+from jam.tokens.adopt import adopt_vocabulary
+from jam.tokens.chat_template import read_template
+from jam.tokens.render import parse, render
+from jam.tokens.text import TextTokenizer
+from jam.tokens.vocabulary import JamFile, Turns, Vocabulary
+from merge.plan import read_parent
+from merge.recipe import MergeRecipe
+from merge.run import run_merge
+from merge.union import Pair
+from tests.tiny import CODES_PER_IMAGE, tiny_pair
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first %}<mask>system\nBe kind.<infill>\n{% endif %}"
+    "<mask>{{ message['role'] }}\n{{ message['content'] | trim }}<infill>\n{% endfor %}"
+)
+BRACKETS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+NAMED = (
+    "{{ bos_token }}{% for m in messages %}{% set who = 'model' if m.role == 'assistant' else m.role %}"
+    "{% if who == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "<mask>{{ who }}\n{{ m.content }}<infill>\n{% endfor %}"
+)
+SAID = [("user", "the cat"), ("assistant", "is on"), ("user", "and?"), ("assistant", "the end")]
+
+
+def chat_parent(tmp_path: Path, template: str) -> Path:
+    """A text parent whose folder has a template and no jam.json."""
+    text, _ = tiny_pair(tmp_path)
+    (text / "jam.json").unlink()
+    (text / "chat_template.jinja").write_text(template)
+    return text
+
+
+def vocabulary_of(folder: Path) -> Vocabulary:
+    return adopt_vocabulary(folder, json.loads((folder / "config.json").read_text()))
+
+
+def written(template: str, **names: str) -> str:
+    from jinja2 import Environment
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True)
+    messages = [{"role": role, "content": words} for role, words in SAID]
+    return environment.from_string(template).render(messages=messages, raise_exception=None, **names)
+
+
+@pytest.mark.parametrize(("template", "end"), [(CHATML, 4), (BRACKETS, 2), (NAMED, 4)])
+def test_a_conversation_is_written_as_the_template_writes_it(tmp_path: Path, template: str, end: int):
+    folder = chat_parent(tmp_path, template)
+    vocabulary, text = vocabulary_of(folder), TextTokenizer.load(folder)
+    assert vocabulary.converses and vocabulary.controls["eos"] == end
+    document = Document(tuple(TextPart(words, role, float(role == "assistant")) for role, words in SAID))
+    tokens = render(document, vocabulary, text)
+    wanted = written(template, bos_token="<s>", eos_token="</s>").rstrip("\n")
+    text.tokenizer.encode_special_tokens = False
+    assert text.tokenizer.decode(tokens.ids.tolist(), skip_special_tokens=False) == wanted
+    assert parse(tokens.ids.tolist(), vocabulary, text) == document
+    learnt = text.tokenizer.decode(tokens.ids[tokens.weights > 0].tolist(), skip_special_tokens=False)
+    assert learnt == {2: "is on</s>the end</s>", 4: "is on<infill>the end<infill>"}[end]
+
+
+def test_a_prompt_ends_where_the_reply_begins(tmp_path: Path):
+    folder = chat_parent(tmp_path, CHATML)
+    vocabulary, text = vocabulary_of(folder), TextTokenizer.load(folder)
+    prompt = render(Document((TextPart("hi", "user"),)), vocabulary, text, complete=False).ids.tolist()
+    assert prompt[-len(vocabulary.turns.assistant) :] == list(vocabulary.turns.assistant)
+
+
+def test_a_plain_document_has_no_turns(tmp_path: Path):
+    folder = chat_parent(tmp_path, CHATML)
+    tokens = render(Document((TextPart("hi"),)), vocabulary_of(folder), TextTokenizer.load(folder))
+    assert tokens.ids[0] == 0 and tokens.ids[-1] == 4
+
+
+def test_a_conversation_that_begins_with_a_reply_is_refused(tmp_path: Path):
+    folder = chat_parent(tmp_path, CHATML)
+    with pytest.raises(DataError, match="begins with the assistant"):
+        render(Document((TextPart("hi", "assistant"),)), vocabulary_of(folder), TextTokenizer.load(folder))
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no') }}", "does not render"),
+        ("{% for m in messages %}", "does not render"),
+        ("{{ messages[0].content }}", "each turn's words once"),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "end a reply with a special token"),
+        ("{{ messages.__class__.__mro__ }}", "does not render"),
+    ],
+)
+def test_a_template_that_no_turns_follow_from_is_refused(tmp_path: Path, template: str, reason: str):
+    with pytest.raises(CheckpointError, match=reason):
+        vocabulary_of(chat_parent(tmp_path, template))
+
+
+def test_the_template_is_found_in_the_settings_too(tmp_path: Path):
+    assert read_template(tmp_path) is None
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps({"chat_template": [{"name": "default", "template": "a"}]}))
+    assert read_template(tmp_path) == "a"
+    settings.write_text(json.dumps({"chat_template": "b"}))
+    assert read_template(tmp_path) == "b"
+    settings.write_text("[")
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_template(tmp_path)
+
+
+def test_turns_name_ids_of_the_vocabulary():
+    raw = JamFile(Vocabulary.from_json({"spans": [["control", 0, 3]], "controls": {"eos": 2}, "codes_per_image": 0}))
+    good = raw.vocabulary.to_json() | {"turns": {"opening": [0], "assistant": [1], "user": []}}
+    assert Vocabulary.from_json(good).turns == Turns((0,), (1,), ())
+    assert Vocabulary.from_json(good).to_json() == good
+    with pytest.raises(CheckpointError, match="turns name id 3"):
+        Vocabulary.from_json(good | {"turns": {"opening": [3], "assistant": [1], "user": []}})
+
+
+def test_a_fused_model_keeps_the_llms_turns_and_their_rows(tmp_path: Path):
+    """A chat LLM over an image parent of the same tokenizer: the LLM's turns and its own end of a reply."""
+    text = chat_parent(tmp_path, CHATML)
+    pair = Pair(read_parent(text, "text"), read_parent(tmp_path / "image", "image"))
+    turns = vocabulary_of(text).turns
+    assert pair.union.same and pair.union.vocabulary.turns == turns and pair.union.vocabulary.controls["eos"] == 4
+    assert pair.union.text.known[[3, 4]].all()  # what its template writes, it has trained
+    out = run_merge(MergeRecipe(method="cross", text=text, image=tmp_path / "image", out=tmp_path / "out"))
+    bundle = load_bundle(out)
+    assert bundle.vocabulary == pair.union.vocabulary
+    codes = CodesPart(tuple(range(CODES_PER_IMAGE)), "assistant")
+    document = Document((TextPart("a cat", "user", 0.0), codes))
+    tokens = render(document, bundle.vocabulary, bundle.text)
+    assert parse(tokens.ids.tolist(), bundle.vocabulary, bundle.text) == document
