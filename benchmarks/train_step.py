@@ -89,9 +89,9 @@ def main() -> None:
         return
 
     from jam.assets import IMAGE_PARENT
-    from jam.default import default_model
+    from jam.shipped import shipped_model
 
-    models = {"image parent": IMAGE_PARENT} | ({} if args.quick else {"chat model": default_model()})
+    models = {"image parent": IMAGE_PARENT} | ({} if args.quick else {"chat model": shipped_model()})
     print(f"{'model':14} {'attention':10} {'keep memory':12} {'loss':7} {'CPU s/step':>10} {'peak MB':>8} {'ratio':>6}")
     for name, folder in models.items():
         base = None

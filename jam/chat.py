@@ -23,11 +23,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 from jam.decode.engine import SamplingOptions, context_length, default_options, encode_images, generate
 from jam.decode.grammar import Rules
 from jam.decode.stream import Event, ImageDone, ImageProgress, ImageStart, ReplyStream, Stop, TextDelta
-from jam.default import default_model
 from jam.document import CodesPart, Document, Part, TextPart
 from jam.errors import DataError, GenerationError, JamError
 from jam.generate import check_drawable, said_options, user_turn
 from jam.models.load import Bundle, load_bundle
+from jam.shipped import model_folder
 from jam.terminal import COLUMNS, half_blocks, printable, shows_images
 from jam.tokens.image import open_image
 from jam.tokens.render import render
@@ -277,7 +277,7 @@ def run_chat(
     """
     said = said_options(**options)
     console = Console(emoji=False)  # a model that writes :cat: means just that
-    bundle = load_bundle(default_model() if path is None else Path(path))
+    bundle = load_bundle(model_folder(path))
     settings = default_options(bundle, **said)
     if not bundle.vocabulary.converses:
         raise GenerationError(

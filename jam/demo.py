@@ -71,7 +71,7 @@ def settings_for(text_parent: Path, image_parent: Path, quick: bool) -> Settings
     """The budgets for this machine."""
     import torch
 
-    from jam.default import content_key
+    from jam.shipped import content_key
 
     capabilities = torch.cpu.get_capabilities()
     fast = torch.cuda.is_available() or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
@@ -284,12 +284,12 @@ def run_demo(out: Path, quick: bool = False) -> None:
         JamError: whatever a step refuses.
     """
     from finetune.run import run_lock
-    from jam.default import default_model
+    from jam.shipped import shipped_model
 
     settings = settings_for(assets.TEXT_PARENT, assets.IMAGE_PARENT, quick)
     console = Console(stderr=True)
     open_folder(out, settings)
-    shipped = default_model()
+    shipped = shipped_model()
     budget = f"{settings.pretrain_tokens:,} tokens of pretraining a fusion, {settings.tune_tokens:,} of tuning the best"
     console.print(f"jam demo in {out}: {budget}; Ctrl+C stops it, the same command goes on")
     try:

@@ -18,11 +18,11 @@ from PIL.Image import Image
 
 from jam.decode.engine import SamplingOptions, default_options, encode_images
 from jam.decode.stream import Reply, replies
-from jam.default import default_model
 from jam.document import Document, ImagePart, Part, Role, TextPart
 from jam.errors import GenerationError
 from jam.models.load import Bundle, load_bundle
 from jam.shards import check_output, remove_stale
+from jam.shipped import model_folder
 from jam.tokens.image import open_image
 
 MARKER = "<image>"
@@ -49,7 +49,7 @@ def run_generate(
     check_output(out)
     turn = user_turn(prompt, [open_image(Path(image)) for image in images])
     said = said_options(**options)
-    bundle = load_bundle(default_model() if path is None else Path(path))
+    bundle = load_bundle(model_folder(path))
     settings = default_options(bundle, **said)
     check_drawable(bundle, settings)
     document = encode_images(bundle, Document(with_role(bundle, turn)))

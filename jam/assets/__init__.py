@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-MINI = Path(__file__).parent / "mini"
+SHIPPED = Path(__file__).parent
+MINI = SHIPPED / "mini"
 DATA = MINI / "data"
 TEXT_PARENT = MINI / "text"
 IMAGE_PARENT = MINI / "image"

@@ -174,9 +174,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=50)
     options = parser.parse_args()
     if options.model is None:
-        from jam.default import default_model
+        from jam.shipped import shipped_model
 
-        options.model = default_model()
+        options.model = shipped_model()
     options.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     network, bundle = feature_network(), load_bundle(options.model)

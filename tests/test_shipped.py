@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from jam import assets
-from jam import default as default_module
-from jam.default import default_model
+from jam import shipped as shipped_module
 from jam.difference import write_difference
 from jam.errors import CheckpointError
 from jam.models.load import load_bundle
 from jam.recipe import dump_recipe
+from jam.shipped import parts_of, shipped_model
 from merge.recipe import MergeRecipe
 from merge.run import run_merge
 from tests.tiny import tiny_pair
@@ -50,7 +50,7 @@ def cached(tmp_path: Path) -> list[str]:
 
 
 def test_first_use_gives_the_tuned_model(shipped, tmp_path):
-    found, expected = load_bundle(default_model()), load_bundle(shipped)
+    found, expected = load_bundle(shipped_model()), load_bundle(shipped)
     wanted = expected.model.state_dict()
     assert any(name.endswith("gate") and tensor.item() == 0.5 for name, tensor in wanted.items())
     for name, tensor in found.model.state_dict().items():
@@ -60,50 +60,47 @@ def test_first_use_gives_the_tuned_model(shipped, tmp_path):
 
 
 def test_the_second_use_builds_nothing(shipped, monkeypatch):
-    first = default_model()
-    monkeypatch.setattr(default_module, "_build", lambda *unused: pytest.fail("built twice"))
-    assert default_model() == first
+    first = shipped_model()
+    monkeypatch.setattr(shipped_module, "_build", lambda *unused: pytest.fail("built twice"))
+    assert shipped_model() == first
 
 
 def test_other_weights_are_another_model(shipped):
-    first = default_model()
+    first = shipped_model()
     shutil.rmtree(assets.TEXT_PARENT)
     shutil.rmtree(assets.IMAGE_PARENT)
     tiny_pair(assets.TEXT_PARENT.parent, seed=1, num_hidden_layers=2)
-    assert (
-        default_module.content_key(default_module._ingredients(assets.CHAT, (assets.TEXT_PARENT, assets.IMAGE_PARENT)))
-        not in first.name
-    )
+    assert parts_of("mini").key not in first.name
 
 
 def test_a_failure_leaves_nothing_and_the_next_call_works(shipped, tmp_path, monkeypatch):
-    def broken(chat: Path, parents: tuple[Path, Path], work: Path) -> None:
+    def broken(parts: shipped_module.Parts, work: Path) -> None:
         (work / "tuned").mkdir(parents=True)
         (work / "tuned" / "config.json").write_text("{}")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(default_module, "_build", broken)
+        patch.setattr(shipped_module, "_build", broken)
         with pytest.raises(OSError, match="No space left"):
-            default_model()
+            shipped_model()
     assert cached(tmp_path) == []
-    assert (default_model() / "model.safetensors").exists()
+    assert (shipped_model() / "model.safetensors").exists()
 
 
 def test_a_difference_of_other_parents_is_refused(shipped, tmp_path):
     recipe = assets.CHAT / "merge.yaml"
     recipe.write_text(recipe.read_text().replace("ffn_ratio: 4", "ffn_ratio: 2"))
     with pytest.raises(CheckpointError, match="made for base"):
-        default_model()
+        shipped_model()
     assert cached(tmp_path) == []
 
 
 def test_a_whole_model_is_used_where_it_lies(shipped, monkeypatch):
     monkeypatch.setattr(assets, "CHAT", shipped)
-    assert default_model() == shipped
+    assert shipped_model() == shipped
 
 
 def test_missing_parts_are_named(shipped):
     (assets.CHAT / "difference.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"difference\.safetensors: missing; .* give the path of a model"):
-        default_model()
+        shipped_model()
