@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from finetune.loss import TokenLoss, position_weights, sums
-from finetune.optim import build_optimizer, learning_rate
+from finetune.optim import build_optimizer, learning_rate, tables
 from finetune.order import Plan
 from finetune.pack import Batch, collate
 from finetune.recipe import FinetuneRecipe
@@ -37,6 +38,21 @@ class StepReport:
     sums: Tensor
 
 
+_WHOLE_MODELS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # no sharded parameters
+
+
+def hold_frozen_in_bf16(model: nn.Module) -> None:
+    """Frozen matrices as autocast uses them, kept instead of made in every pass; only those that lose no bit by it.
+    Tables and norms stay: they carry the residual stream."""
+    shared = tables(model)
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if not isinstance(module, nn.Linear) or any(p.requires_grad or id(p) in shared for p in own):
+            continue
+        if all(torch.equal(p, p.to(torch.bfloat16).to(p.dtype)) for p in own):
+            module.to(torch.bfloat16)
+
+
 @dataclass
 class Trainer:
     """Model, optimizer and position of one run."""
@@ -55,6 +71,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self.bundle.model.train()
         self.raw_optimizer = build_optimizer(self.bundle.model, self.recipe.optim)
+        if self.recipe.train.precision == "bf16" and self.accelerator.distributed_type in _WHOLE_MODELS:
+            hold_frozen_in_bf16(self.bundle.model)
         self.model, self.optimizer = self.accelerator.prepare(
             TokenLoss(self.bundle, self.recipe.loss.softmax, self.recipe.objective.own_codes), self.raw_optimizer
         )

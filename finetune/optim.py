@@ -7,6 +7,7 @@ section 2.2), so that one ``lr``, one schedule and one decay serve both.
 
 import math
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -55,20 +56,32 @@ class MuonWithAdamW(torch.optim.Optimizer):
             part.step()
 
 
-def _tables(model: nn.Module) -> set[int]:
+def tables(model: nn.Module) -> set[int]:
     """Ids of the parameters that are indexed by token or position: tables, and heads that are not tied to one."""
     owners = (m for name, m in model.named_modules() if isinstance(m, nn.Embedding) or name.endswith("lm_head"))
     return {id(parameter) for owner in owners for parameter in owner.parameters(recurse=False)}
+
+
+def _learn_rows(name: str, parameter: nn.Parameter, rows: Sequence[tuple[int, int]], is_table: bool) -> None:
+    """Only these rows get a gradient: under Adam, and without decay, the others keep their bits."""
+    last = max(stop for _, stop in rows)
+    if not is_table or last > len(parameter):
+        shape = list(parameter.shape)
+        raise RunError(f"optim.groups: rows up to {last} of {name}, which is {shape}; name rows of a table or a head")
+    learns = torch.zeros(len(parameter), 1)
+    for first, stop in rows:
+        learns[first:stop] = 1
+    parameter.register_hook(lambda gradient: gradient * learns.to(gradient))
 
 
 def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
     """One group per (rate factor, decay); factor 0 freezes, vectors are not decayed.
 
     Raises:
-        RunError: a pattern matches no parameter, or nothing is left to train.
+        RunError: a pattern matches no parameter, nothing is left to train, or rows are named of what is no table.
     """
     unmatched = {group.match for group in optim.groups}
-    tables = _tables(model)
+    by_id = tables(model)
     matrices: dict[tuple[float, float], list[nn.Parameter]] = {}
     others: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -77,8 +90,11 @@ def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.Optimi
         factor = rule.lr_mul if rule else 1.0
         parameter.requires_grad_(factor > 0)
         if factor > 0:
-            decay = optim.weight_decay if parameter.dim() >= 2 else 0.0
-            inner = optim.name == "muon" and parameter.dim() == 2 and id(parameter) not in tables
+            chosen = rule.rows if rule else None
+            if chosen is not None:
+                _learn_rows(name, parameter, chosen, id(parameter) in by_id)
+            decay = optim.weight_decay if parameter.dim() >= 2 and chosen is None else 0.0
+            inner = optim.name == "muon" and parameter.dim() == 2 and id(parameter) not in by_id
             (matrices if inner else others).setdefault((factor, decay), []).append(parameter)
     if unmatched:
         raise RunError(f"optim.groups: {sorted(unmatched)} match no parameter of this model; mend or remove them")

@@ -101,6 +101,18 @@ class ParameterGroup(Section):
 
     match: Pattern = Field(min_length=1, description="regular expression searched in the parameter's name")
     lr_mul: float = Field(ge=0.0, description="factor on the learning rate; 0 freezes the parameters")
+    rows: tuple[tuple[int, int], ...] | None = Field(
+        None,
+        description="of a table or head, the ids that learn, as [first, one past the last] each; the others stay as "
+        "they are, undecayed (one process or DDP)",
+    )
+
+    @field_validator("rows")
+    @classmethod
+    def _ranges(cls, rows: tuple[tuple[int, int], ...] | None) -> tuple[tuple[int, int], ...] | None:
+        if rows is not None and (not rows or any(not 0 <= first < stop for first, stop in rows)):
+            raise ValueError(f"found {[list(pair) for pair in rows]}; required: [first, stop] with 0 <= first < stop")
+        return rows
 
 
 class OptimSection(Section):

@@ -82,3 +82,23 @@ def test_muon_with_adamw_steps_as_the_two_apart_and_survives_its_own_state_dict(
         adamw.step()
         for one, other in zip(ours.parameters(), apart.parameters(), strict=True):
             assert torch.equal(one, other)
+
+
+def test_only_the_chosen_rows_of_a_table_learn():
+    network = small_network()
+    groups = ({"match": "embed", "lr_mul": 1.0, "rows": [[1, 3], [6, 7]]},)
+    optimizer = build_optimizer(network, OptimSection(name="muon", weight_decay=0.5, lr=0.1, groups=groups))
+    before = network["embed"].weight.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        network["lm_head"](network["inner"](network["embed"](torch.arange(7)))).square().sum().backward()
+        optimizer.step()
+    changed = (network["embed"].weight != before).any(1)
+    assert changed.tolist() == [False, True, True, False, False, False, True]
+
+
+@pytest.mark.parametrize(("match", "rows"), [("inner.weight", [[0, 2]]), ("embed", [[0, 8]])])
+def test_rows_are_of_a_table_and_inside_it(match: str, rows: list):
+    groups = ({"match": match, "lr_mul": 1.0, "rows": rows},)
+    with pytest.raises(RunError, match="name rows of a table or a head"):
+        build_optimizer(small_network(), OptimSection(groups=groups))
