@@ -1,10 +1,10 @@
 """A trained model as its base plus a difference: one safetensors file with what training changed.
 
 A fused model of shipped parents repeats every weight that they already hold; what is worth storing is the change. The
-file holds ``tuned - base`` for each tensor that differs, as bfloat16 or as 8-bit whole numbers with one scale a row,
-and in its header the digest of the base, so that it is never laid over another. ``apply_difference`` streams base +
-difference, in float32, to a new folder in the base's own types. The result is the tuned model up to rounding, not bit
-for bit. Knows nothing of models; torch is not imported.
+file holds ``tuned - base`` for each tensor that differs, as bfloat16 or as 8-bit whole numbers with one scale a row (of
+a tensor of which few rows differ, those rows alone), and in its header the digest of the base, so that it is never laid
+over another. ``apply_difference`` streams base + difference, in float32, to a new folder in the base's own types. The
+result is the tuned model up to rounding, not bit for bit. Knows nothing of models; torch is not imported.
 """
 
 import json
@@ -25,7 +25,9 @@ from jam.shards import ShardWriter, TensorSpec
 
 FORMAT = "jam-difference-1"
 SCALE = "::scale"  # suffix of the scales of an 8-bit tensor, float32 [rows]
+ROWS = "::rows"  # suffix of the numbers of the rows that are stored, int64, rising; all rows without it
 Precision = Literal["bfloat16", "int8"]
+_BYTES = {"I8": 1, "BF16": 2, "F32": 4, "I64": 8}
 
 
 def write_difference(base: Path, tuned: Path, out: Path, precision: Precision = "bfloat16") -> dict:
@@ -45,10 +47,14 @@ def write_difference(base: Path, tuned: Path, out: Path, precision: Precision = 
     """
     before, after = open_checkpoint(base), open_checkpoint(tuned)
     _check_alike(before, after)
-    changed = [name for name in before.tensors if _differs(before, after, name)]
+    found = {name: _changed_rows(before, after, name) for name in before.tensors}
+    changed = {name: rows for name, rows in found.items() if rows.size}
     entries: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name in changed:
+    for name, rows in changed.items():
         shape = before.tensors[name].shape
+        if 2 * len(rows) <= (shape[0] if shape else 1):
+            shape = (len(rows), *shape[1:])
+            entries[name + ROWS] = ("I64", (len(rows),))
         if precision == "int8":
             entries[name] = ("I8", shape)
             entries[name + SCALE] = ("F32", (shape[0] if shape else 1,))
@@ -62,8 +68,11 @@ def write_difference(base: Path, tuned: Path, out: Path, precision: Precision = 
         out.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(header)
-            for name in changed:
-                for error, size in _write_tensor(file, before, after, name, precision):
+            for name, rows in changed.items():
+                if name + ROWS in entries:
+                    file.write(rows.astype("<i8").data)
+                kept = rows if name + ROWS in entries else None
+                for error, size in _write_tensor(file, before, after, name, kept, precision):
                     lost, total = lost + error, total + size
             file.flush()
             os.fsync(file.fileno())
@@ -98,7 +107,10 @@ def apply_difference(base: Path, difference: Path, out: Path) -> Path:
         for spec in specs:
             for block in row_blocks(spec.shape):
                 rows = checkpoint.read(spec.name, block)
-                writer.write(spec.name, rows + stored.rows(spec.name, block) if spec.name in stored.tensors else rows)
+                writer.write(
+                    spec.name,
+                    rows + stored.rows(spec.name, block, spec.shape[1:]) if spec.name in stored.tensors else rows,
+                )
         for file in sides:
             target = writer.folder / file.relative_to(checkpoint.path)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -112,8 +124,19 @@ class _Difference:
     base: str
     tensors: dict[str, TensorInfo]
 
-    def rows(self, name: str, block: slice) -> np.ndarray:
-        """float32 change of a block of rows."""
+    def rows(self, name: str, block: slice, width: tuple[int, ...]) -> np.ndarray:
+        """float32 change of a block of rows, each of shape ``width``."""
+        if name + ROWS not in self.tensors:
+            return self._stored(name, block)
+        info = self.tensors[name + ROWS]
+        numbers = _stored_rows(info, slice(0, info.shape[0]), np.dtype("<i8"))
+        first, last = np.searchsorted(numbers, [block.start, block.stop]).tolist()
+        result = np.zeros((block.stop - block.start, *width), np.float32)
+        if first < last:
+            result[numbers[first:last] - block.start] = self._stored(name, slice(first, last))
+        return result
+
+    def _stored(self, name: str, block: slice) -> np.ndarray:
         info = self.tensors[name]
         if info.dtype != "I8":
             return to_float32(_stored_rows(info, block, STORED[info.dtype]), info.dtype)
@@ -153,18 +176,27 @@ def _check_alike(before: Checkpoint, after: Checkpoint) -> None:
             )
 
 
-def _differs(before: Checkpoint, after: Checkpoint, name: str) -> bool:
-    blocks = row_blocks(before.tensors[name].shape)
-    return any(not np.array_equal(before.read(name, block), after.read(name, block)) for block in blocks)
+def _changed_rows(before: Checkpoint, after: Checkpoint, name: str) -> np.ndarray:
+    """int64, the numbers of the rows that differ, in order; a scalar is one row."""
+    found = []
+    for block in row_blocks(before.tensors[name].shape):
+        ours, theirs = before.read(name, block), after.read(name, block)
+        differs = (ours != theirs).reshape(block.stop - block.start, -1).any(axis=1)
+        found.append(block.start + np.flatnonzero(differs))
+    return np.concatenate(found)
 
 
 def _write_tensor(
-    file: BinaryIO, before: Checkpoint, after: Checkpoint, name: str, precision: Precision
+    file: BinaryIO, before: Checkpoint, after: Checkpoint, name: str, chosen: np.ndarray | None, precision: Precision
 ) -> Iterator[tuple[float, float]]:
-    """Write one tensor; yields (squared loss, squared size) of every block."""
+    """Write one tensor, or the chosen rows of it; yields (squared loss, squared size) of every block."""
     scales = []
     for block in row_blocks(before.tensors[name].shape):
         change = after.read(name, block) - before.read(name, block)
+        if chosen is not None:
+            change = change[chosen[(chosen >= block.start) & (chosen < block.stop)] - block.start]
+            if not len(change):
+                continue
         if precision == "int8":
             rows = change.reshape(len(change) if change.ndim else 1, -1)
             scale = np.abs(rows).max(axis=1) / np.float32(127)
@@ -189,7 +221,7 @@ def _header(entries: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str,
     raw: dict = {"__metadata__": metadata}
     at = 0
     for name, (dtype, shape) in entries.items():
-        size = prod(shape) * (1 if dtype == "I8" else STORED[dtype].itemsize)
+        size = prod(shape) * _BYTES[dtype]
         raw[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(raw, separators=(",", ":")).encode()

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jam.checkpoint import WEIGHTS
-from jam.difference import SCALE, apply_difference, write_difference
+from jam.difference import ROWS, SCALE, apply_difference, write_difference
 from jam.errors import CheckpointError
 
 
@@ -85,3 +85,19 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path: Path):
     for name in ("one", "two"):
         write_difference(base, tuned, tmp_path / name, "int8")
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_of_a_table_with_few_new_rows_those_are_stored(tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("jam.checkpoint.BLOCK", 64)
+    monkeypatch.setattr("jam.checkpoint.row_blocks.__defaults__", (64,))  # eight rows a block
+    table = np.random.default_rng(1).standard_normal((40, 8), dtype=np.float32)
+    changed, rows = table.copy(), [0, 7, 8, 39]
+    changed[rows] += 1
+    base, tuned = (checkpoint(tmp_path / name, {"table": t}) for name, t in (("base", table), ("tuned", changed)))
+    write_difference(base, tuned, tmp_path / "d.safetensors", precision)
+    stored = load_file(tmp_path / "d.safetensors")
+    assert stored["table" + ROWS].tolist() == rows
+    assert precision == "bfloat16" or stored["table"].shape == (4, 8)
+    found = load_file(apply_difference(base, tmp_path / "d.safetensors", tmp_path / "out") / WEIGHTS)["table"]
+    assert np.array_equal(found == table, changed == table) and np.abs(found - changed).max() < 0.01
