@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jam.checkpoint import WEIGHTS
+from jam.checkpoint import WEIGHTS, read_header
 from jam.difference import ROWS, SCALE, apply_difference, write_difference
 from jam.errors import CheckpointError
 
@@ -96,8 +96,7 @@ def test_of_a_table_with_few_new_rows_those_are_stored(tmp_path: Path, precision
     changed[rows] += 1
     base, tuned = (checkpoint(tmp_path / name, {"table": t}) for name, t in (("base", table), ("tuned", changed)))
     write_difference(base, tuned, tmp_path / "d.safetensors", precision)
-    stored = load_file(tmp_path / "d.safetensors")
-    assert stored["table" + ROWS].tolist() == rows
-    assert precision == "bfloat16" or stored["table"].shape == (4, 8)
+    stored = {info.name: info.shape for info in read_header(tmp_path / "d.safetensors")}
+    assert stored["table" + ROWS] == (4,) and stored["table"] == (4, 8)
     found = load_file(apply_difference(base, tmp_path / "d.safetensors", tmp_path / "out") / WEIGHTS)["table"]
     assert np.array_equal(found == table, changed == table) and np.abs(found - changed).max() < 0.01
