@@ -3,6 +3,7 @@
     python recipes/mini/ship.py parent --run runs/mini-text --name text
     python recipes/mini/ship.py parent --run runs/mini-image runs/mini-image-2 --name image --vq runs/vq runs/vq-sharp
     python recipes/mini/ship.py chat --merged runs/mini-cross --run runs/mini-chat runs/mini-chat-2
+    python recipes/mini/ship.py chat --name smollm2 --merged runs/smollm2-cross --run runs/smollm2-tuned
 
 Of several runs, one after another, the last has the weights. A parent is a whole folder. The chat model is the merge's
 recipe and the trained difference to it: the parents that it repeats are shipped already.
@@ -16,8 +17,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from jam.assets import CHAT, MINI
+from jam.assets import CHAT, MINI, SHIPPED
 from jam.difference import write_difference
+from jam.recipe import dump_recipe, load_recipe
+from jam.shipped import NAMES
+from merge.recipe import MergeRecipe
 
 KEPT = (
     "config.json",
@@ -56,11 +60,14 @@ def join_logs(runs: list[Path], out: Path) -> None:
         out.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def ship_chat(merged: Path, runs: list[Path]) -> None:
-    CHAT.mkdir(parents=True, exist_ok=True)
-    record = write_difference(merged, runs[-1] / "final", CHAT / "difference.safetensors", precision="int8")
-    (CHAT / "merge.yaml").write_text("kind: merge\nmethod: cross\nout: chat\n")
-    join_logs(runs, CHAT / "log.jsonl")
+def ship_chat(name: str, merged: Path, runs: list[Path]) -> None:
+    out = CHAT if name == "mini" else SHIPPED / name
+    out.mkdir(parents=True, exist_ok=True)
+    record = write_difference(merged, runs[-1] / "final", out / "difference.safetensors", precision="int8")
+    recipe = load_recipe(merged / "merge.yaml", MergeRecipe)  # the parents are the shipped ones, wherever they lie
+    plain = recipe.model_copy(update={"text": None, "image": None, "out": Path("chat")})
+    (out / "merge.yaml").write_text(dump_recipe(plain))
+    join_logs(runs, out / "log.jsonl")
     print(record)
 
 
@@ -74,11 +81,12 @@ def main() -> None:
     chat = verbs.add_parser("chat")
     chat.add_argument("--merged", type=Path, required=True)
     chat.add_argument("--run", type=Path, required=True, nargs="+", help="its runs, in order")
+    chat.add_argument("--name", choices=NAMES, default="mini")
     args = parser.parse_args()
     if args.verb == "parent":
         ship_parent(args.run, MINI / args.name, args.vq)
     else:
-        ship_chat(args.merged, args.run)
+        ship_chat(args.name, args.merged, args.run)
 
 
 if __name__ == "__main__":
