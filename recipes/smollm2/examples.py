@@ -17,7 +17,7 @@ from finetune import mini_data
 from jam.assets import DATA
 from jam.decode.engine import default_options, encode_images
 from jam.decode.stream import Reply, replies
-from jam.document import Document, ImagePart, Part, TextPart, from_messages
+from jam.document import Document, Part, TextPart, from_messages
 from jam.models.load import Bundle, load_bundle
 from jam.shipped import model_folder
 
@@ -62,7 +62,6 @@ def page(turns: list[tuple[Part, ...]], given: list[Reply], out: Path, title: st
         said = [
             part.text.strip() if isinstance(part, TextPart) else picture(next(images)) for part in reply.document.parts
         ]
-        assert all(isinstance(part, TextPart | ImagePart) for part in turn)
         lines += ["> " + " ".join(asked), "", "\n\n".join(said), "", "---", ""]
     return "\n".join(lines[:-2])
 
