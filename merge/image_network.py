@@ -12,6 +12,7 @@ import numpy as np
 
 from jam.checkpoint import Checkpoint, open_checkpoint
 from jam.errors import CheckpointError, MergeError
+from jam.floats import from_float32
 from jam.layouts import ModelFolder
 from jam.layouts.view import CODEBOOK
 from jam.shards import copy_tensors
@@ -118,9 +119,9 @@ def given_network(folder: Path, model: ModelFolder) -> ImageNetwork:
             "ids; they must agree, name the model's own image tokenizer"
         )
     _check_size(network, vocabulary)
-    order = model.code_order
-    if model.passengers is not None:
-        order = _order_of(network, model)
+    own, order = own_network(model), model.code_order
+    if own is not None:
+        order = _order_of(network, own, model.code_order)
     return ImageNetwork(source, order, network.folder, network.origin)
 
 
@@ -137,18 +138,27 @@ def _check_size(network: ImageNetwork, vocabulary: Vocabulary) -> None:
         )
 
 
-def _order_of(given: ImageNetwork, model: ModelFolder) -> np.ndarray | None:
-    """Whether a given codebook stands in its owner's order or in that of the ids, by the model's own codebook.
+def _order_of(given: ImageNetwork, own: ImageNetwork, order: np.ndarray | None) -> np.ndarray | None:
+    """Where a given codebook has the rows of the parent's own one, in the order of the image ids.
 
-    Raises MergeError when it is neither: a network whose codes mean something else.
+    Args:
+        order: that of the owner's codebook, as the first guess.
+
+    Raises MergeError when it has other rows: a network whose codes mean something else.
     """
-    own, theirs = model.passengers.read(CODEBOOK), given.source.read(CODEBOOK)
-    rows = np.arange(len(own)) if model.code_order is None else model.code_order
-    for wanted, order in ((own, model.code_order), (own[rows], None)):
-        # one of the two may have been rounded to bfloat16, eight bits
-        if wanted.shape == theirs.shape and np.allclose(wanted, theirs, rtol=2**-7, atol=2**-7 * np.abs(own).mean()):
-            return order
+    theirs, wanted = given.source.read(CODEBOOK), own.source.read(CODEBOOK)
+    wanted = wanted if own.order is None else wanted[own.order]
+    if theirs.shape == wanted.shape:
+        for guess in (order, None):
+            # one of the two may have been rounded to bfloat16, eight bits
+            rows = theirs if guess is None else theirs[guess]
+            if np.allclose(rows, wanted, rtol=2**-7, atol=2**-7 * np.abs(wanted).mean()):
+                return guess
+        at = {row.tobytes(): number for number, row in enumerate(from_float32(theirs, "BF16"))}
+        found = np.array([at.get(row.tobytes(), -1) for row in from_float32(wanted, "BF16")], np.int64)
+        if len(set(found.tolist()) - {-1}) == len(wanted):
+            return found
     raise MergeError(
-        f"{given.folder}: its codebook is not that of the image parent's own image network; its codes would mean other "
-        "pictures, name the model's own image tokenizer"
+        f"{given.folder}: its codebook is not that of the image parent's own image tokenizer; its codes would mean "
+        "other pictures, name the model's own"
     )

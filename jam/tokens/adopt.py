@@ -2,8 +2,8 @@
 
 ``tokenizer.json`` says which ids are text and which are special, ``config.json`` how many rows the table has,
 ``tokenizer_config.json`` (else the configuration) which ids begin, end and pad, the chat template how turns are written
-and which id ends a reply. Rows without a token are padding, kept as reserved control ids. Nothing here guesses at image
-ids: a folder with images needs ``jam.json``.
+and which id ends a reply. Rows without a token are padding, kept as reserved control ids. Nothing here knows of image
+ids: folders with images are read by ``jam.layouts``.
 """
 
 import json
@@ -14,17 +14,7 @@ import numpy as np
 
 from jam.errors import CheckpointError
 from jam.tokens.chat_template import read_turns
-from jam.tokens.vocabulary import CONTROL, TEXT, JamFile, Vocabulary
-
-
-def read_jam_file(folder: Path, config: dict) -> JamFile:
-    """The folder's ``jam.json``; without one, that of a plain language model. A fused model must have its own.
-
-    Raises CheckpointError for a damaged file, or a tokenizer that does not fit the configuration.
-    """
-    if (Path(folder) / "jam.json").is_file() or config.get("model_type") == "jam_cross":
-        return JamFile.read(folder)
-    return JamFile(adopt_vocabulary(folder, config))
+from jam.tokens.vocabulary import CONTROL, TEXT, Vocabulary
 
 
 @dataclass(frozen=True)

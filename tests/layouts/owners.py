@@ -1,7 +1,7 @@
 """Tiny folders as the owners of image-text models ship them, written by their own transformers classes.
 
-Every codebook has 16 codes. ``OWNERS`` names them; ``ours`` are the layouts with codebooks of that size, for owners whose
-sizes are constants.
+Every codebook has 16 codes. ``OWNERS`` names them; ``SMALL`` are the layouts with codebooks of that size, for owners
+whose sizes are constants.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ SIZES = {
     "intermediate_size": 64,
     "max_position_embeddings": 256,
 }
-ours = (
+SMALL = (
     chameleon,
     emu3,
     replace(LIQUID, codes=CODES, codes_per_image=4),
