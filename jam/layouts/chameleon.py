@@ -17,7 +17,7 @@ import numpy as np
 from jam.checkpoint import Checkpoint
 from jam.errors import CheckpointError
 from jam.layouts import vqgan
-from jam.layouts.view import ModelFolder, Owner, code_ids, split, unordered
+from jam.layouts.view import ModelFolder, Owner, check_words, code_ids, split, unordered
 from jam.tokens.vocabulary import CONTROL, IMAGE, TEXT, JamFile, Vocabulary
 
 CONTROLS = {
@@ -58,8 +58,10 @@ def chameleon_vocabulary(
         The vocabulary, and int64 [K]: the codebook index that each image id stands for, in the order of the ids.
 
     Raises:
-        CheckpointError: a missing control, ids beyond the table, or image tokens that are not one for each code.
+        CheckpointError: a missing control, ids beyond the table or with two tokens, image tokens that are not one for
+            each code.
     """
+    check_words(words, where)
     numbered: dict[int, list[int]] = {}
     kinds = np.full(size, CONTROL, np.uint8)
     for name, index in words.items():

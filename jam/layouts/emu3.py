@@ -13,7 +13,7 @@ import re
 
 from jam.checkpoint import Checkpoint
 from jam.errors import CheckpointError
-from jam.layouts.view import CODEBOOK, ModelFolder, Owner, code_ids, split, unordered, vocabulary_of
+from jam.layouts.view import CODEBOOK, ModelFolder, Owner, check_words, code_ids, split, unordered, vocabulary_of
 from jam.tokens.vocabulary import JamFile
 
 CONTROLS = {
@@ -58,6 +58,7 @@ def view(owner: Owner) -> ModelFolder:
         raise CheckpointError(f"{where}: no tokenizer.json; save the model's fast tokenizer into this folder")
     numbered: dict[int, list[int]] = {}
     words = owner.named_words
+    check_words(words, where)
     for name, index in words.items():
         if spelled := _CODE.fullmatch(name):
             numbered.setdefault(int(spelled[1]), []).append(index)

@@ -176,6 +176,18 @@ def code_ids(numbered: Mapping[int, list[int]], names: str, where: str) -> tuple
     return span, np.array([code_of[index] for index in span], np.int64)
 
 
+def check_words(words: Mapping[str, int], where: str) -> None:
+    """Raises CheckpointError for two tokens under one id."""
+    seen: dict[int, str] = {}
+    for name, index in words.items():
+        if index in seen:
+            raise CheckpointError(
+                f"{where}: tokens {seen[index]} and {name} have one id, {index}; one token for each id is required, "
+                "restore the file"
+            )
+        seen[index] = name
+
+
 def unordered(order: np.ndarray) -> np.ndarray | None:
     """A code order, or None where it changes nothing."""
     return None if (order == np.arange(len(order))).all() else order

@@ -208,10 +208,13 @@ def test_a_folder_with_its_own_file_is_taken_as_it_is(copied: Path):
         ({"vocabulary_map": {"<s>": 0, "</s>": 2}}, r"no token is named IMGIMG\.\.\.Z"),
         ({"vocabulary_map.IMGIMGDZ": None}, "without numbered tokens"),
         ({"vocabulary_map.IMGIMGDZ": 300}, "is 300 in config.json's vocabulary_map and"),
-        ({"vocabulary_map.IMGIMGQZ": 22}, "image token IMGIMGQZ; IMGIMG, letters A to J and Z are required"),
-        ({"vocabulary_map.IMGIMGADZ": 22}, "code 3 has the ids"),
-        ({"vocabulary_map.IMGIMGBIZ": 22}, "code 16 has no id"),
-        ({"vocabulary_map.IMGIMGBGZ": 200}, "image ids start at 4 and lack 20"),
+        (
+            {"vocabulary_map.IMGIMGQZ": 310, "vocab_size": 320},
+            "image token IMGIMGQZ; IMGIMG, letters A to J and Z are required",
+        ),
+        ({"vocabulary_map.IMGIMGADZ": 310, "vocab_size": 320}, "code 3 has the ids"),
+        ({"vocabulary_map.IMGIMGBIZ": 310, "vocab_size": 320}, "code 16 has no id"),
+        ({"vocabulary_map.IMGIMGBGZ": 310, "vocab_size": 320}, "image ids start at 4 and lack 20"),
         ({"vocabulary_map.other": 305}, "token other has id 305, the table 305 rows"),
         ({"vq_config.num_embeddings": 17}, "16 image tokens, vq_config has 17 codes"),
         ({"vq_config.double_latent": True}, "double_latent is True; False is required"),
@@ -235,6 +238,11 @@ def test_the_tokenizer_may_name_the_ids(copied: Path):
     (copied / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match="neither vocabulary_map in config"):
         open_model(copied)
+
+
+def test_two_tokens_under_one_id_are_refused():
+    with pytest.raises(CheckpointError, match="tokens <eoss> and other have one id, 8196"):
+        chameleon_vocabulary(release() | {"other": 8196}, 65_536)
 
 
 def test_a_control_without_a_name_is_refused():

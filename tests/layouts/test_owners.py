@@ -261,7 +261,7 @@ def test_rows_after_the_codes_are_padding(tmp_path: Path):
     ("change", "message"),
     [
         ({"vocabulary_map": {"a": 89}}, r"no token is named <\|visual token 000000\|>"),
-        ({"vocabulary_map.<|visual token 000016|>": 200}, "image ids start at 9 and lack 25"),
+        ({"vocabulary_map.<|visual token 000016|>": 310}, "image ids start at 9 and lack 25"),
         ({"vq_config.codebook_size": 17}, r"is \[16, 4\], vq_config asks for \[17, 4\]"),
     ],
 )
