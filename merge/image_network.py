@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jam.checkpoint import Checkpoint, open_checkpoint
+from jam.checkpoint import INDEX, WEIGHTS, Checkpoint, open_checkpoint
 from jam.errors import CheckpointError, MergeError
 from jam.floats import from_float32
 from jam.layouts import ModelFolder
@@ -47,7 +47,7 @@ class ImageNetwork:
         """Files that are copied as they are, relative to the folder."""
         if self.folder is None:
             return []
-        rewritten = () if self.order is None else ("config.json", *(f.name for f in weight_files(self.source)))
+        rewritten = () if self.order is None else ("config.json", WEIGHTS, INDEX)
         found = (file.relative_to(self.folder) for file in sorted(self.folder.rglob("*")) if file.is_file())
         return [file for file in found if str(file) not in rewritten]
 
@@ -71,11 +71,6 @@ class ImageNetwork:
         return f"to {FOLDER}/{name}{ordered}"
 
 
-def weight_files(checkpoint: Checkpoint) -> list[Path]:
-    """The files that hold a checkpoint's tensors."""
-    return sorted({info.file for info in checkpoint.tensors.values()})
-
-
 def own_network(model: ModelFolder) -> ImageNetwork | None:
     """The image network of an image parent: its passengers, or the folder that its ``jam.json`` names.
 
@@ -87,10 +82,9 @@ def own_network(model: ModelFolder) -> ImageNetwork | None:
         return ImageNetwork(model.passengers, model.code_order, None, "the image parent's own weights")
     if model.jam.image_tokenizer is None:
         return None
-    for name in ("config.json", "model.safetensors"):
-        if not (path / model.jam.image_tokenizer / name).is_file():
-            raise CheckpointError(f"{path}: no {model.jam.image_tokenizer}/{name}; restore the image tokenizer")
     folder = path / model.jam.image_tokenizer
+    if absent := [name for name in ("config.json", WEIGHTS) if not (folder / name).is_file()]:
+        raise CheckpointError(f"{path}: no {folder.name}/{absent[0]}; restore the image tokenizer")
     network = ImageNetwork(open_checkpoint(folder), None, folder, "the image parent's folder")
     if network.codes != model.jam.vocabulary.codebook_size:
         raise CheckpointError(
@@ -107,6 +101,8 @@ def given_network(folder: Path, model: ModelFolder) -> ImageNetwork:
         CheckpointError: no whole folder.
         MergeError: it is of other sizes than the parent's images, or of another codebook than the parent's own network.
     """
+    if absent := [name for name in ("config.json", WEIGHTS) if not (Path(folder) / name).is_file()]:
+        raise MergeError(f"{folder}: no {absent[0]}; a folder with an image tokenizer is required, name one")
     source, vocabulary = open_checkpoint(folder), model.jam.vocabulary
     network = ImageNetwork(source, None, Path(folder), f"{Path(folder).name}, as the recipe says")
     if vocabulary.image_span is None:

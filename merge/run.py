@@ -86,6 +86,9 @@ def run_merge(recipe: MergeRecipe, dry_run: bool = False) -> Path | None:
     for parent in pair.sides:
         if recipe.out.resolve().is_relative_to(parent.path.resolve()):
             raise MergeError(f"{recipe.out}: lies inside the {parent.side} parent; choose a folder outside of it")
+    given = None if network is None else network.folder
+    if given is not None and recipe.out.resolve().is_relative_to(given.resolve()):
+        raise MergeError(f"{recipe.out}: lies inside the image tokenizer; choose a folder outside of it")
     specs = [TensorSpec(job.name, SHORT[recipe.dtype], job.shape) for job in plan.jobs]
     side_files = _side_files(pair)
     side_bytes = sum(source.stat().st_size for source in side_files.values()) + (1 << 20)

@@ -66,6 +66,10 @@ def test_another_image_tokenizer_may_be_named(tmp_path: Path, pair: tuple[Path, 
     capsys.readouterr()
     assert main(command(pair, tmp_path / "none", "cross", "--image-tokenizer", str(pair[0]))) == 2
     assert "no tensor quantize.embedding.weight" in capsys.readouterr().err
+    assert main(command(pair, given / "out", "cross", "--image-tokenizer", str(given))) == 2
+    assert "lies inside the image tokenizer" in capsys.readouterr().err
+    assert main(command(pair, tmp_path / "none", "cross", "--image-tokenizer", str(tmp_path / "none"))) == 2
+    assert "no config.json; a folder with an image tokenizer is required" in capsys.readouterr().err
 
 
 def test_merging_loads_no_torch(tmp_path: Path, pair: tuple[Path, Path]):

@@ -34,7 +34,9 @@ from tests.layouts.owners import (
     plain,
     raw_logits,
     simplear_owner,
+    write_tokenizer,
 )
+from tests.step_zero import draws
 from tests.tiny import edit_json, tiny_document, tiny_pair, tiny_parent
 
 Owned = tuple[str, Path]
@@ -143,8 +145,27 @@ def test_a_fused_model_writes_down_and_answers_with_images(name: str, llm: Path,
     tokens = render(tiny_document(), bundle.vocabulary, bundle.text)
     assert (bundle.vocabulary.kinds()[tokens.ids] == 2).sum() == 4
     job = prepare(bundle, [Document((TextPart("a cat"),))], SamplingOptions(mode="image", guidance_scale=2.0))
+    bundle.image = None  # codes alone: none of these folders can make pictures
+    assert draws(bundle) == 4
     names = {"Liquid": ("bos", "unconditional")}.get(name, ("bos",))
     assert job.prefix == [bundle.vocabulary.controls[control] for control in names]
+
+
+def test_liquid_averages_with_the_gemma_that_it_grew_from(tmp_path: Path):
+    """Its tokenizer is Gemma's with three unused tokens renamed."""
+    owner, base, out = liquid_owner(tmp_path / "owner"), tmp_path / "base", tmp_path / "out"
+    names = ("<pad>", "<eos>", "<bos>", "<unused0>", "<unused1>", "<unused2>")
+    size = write_tokenizer(base, list(names), names[:3])
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    plain("gemma", base, 12, size, head_dim=16, tie_word_embeddings=True, **ids)
+    run_merge(MergeRecipe(method="uniform", text=base, image=owner, out=out, dtype="float32"))
+    name = "model.embed_tokens.weight"
+    merged, ours, theirs = (load_file(folder / WEIGHTS)[name] for folder in (out, base, owner))
+    bundle = load_bundle(out)
+    span, controls = bundle.vocabulary.image_span, bundle.vocabulary.controls
+    assert torch.equal(merged[6:size], (ours[6:size] + theirs[6:size]) / 2)
+    assert torch.equal(merged[span.start :], theirs[size:])
+    assert torch.equal(merged[controls["unconditional"]], theirs[5]) and controls["unconditional"] >= size
 
 
 def test_emu3_keeps_its_rows_and_draws_nothing(llm: Path, tmp_path: Path):
