@@ -102,6 +102,9 @@ def merge(
     method: Annotated[Method | None, typer.Option(help="How to fuse.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text parent; default: the shipped mini one.")] = None,
     image: Annotated[Path | None, typer.Option(help="Image parent; default: the shipped mini one.")] = None,
+    image_tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of the image tokenizer; default: the image parent's own.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write; must not exist or be empty. Default: runs/merged-METHOD.")
     ] = None,
@@ -114,7 +117,7 @@ def merge(
     path, overrides = _recipe_and_overrides(arguments or [])
     if out is None and path is None and method and not any(o.startswith("out=") for o in overrides):
         out = Path("runs") / f"merged-{method}"  # where the shipped recipes look for it
-    options = {"method": method, "text": text, "image": image, "out": out}
+    options = {"method": method, "text": text, "image": image, "image_tokenizer": image_tokenizer, "out": out}
     given = [
         f"{key}={json.dumps(str(value), ensure_ascii=False)}" for key, value in options.items() if value is not None
     ]

@@ -131,7 +131,9 @@ def with_role(bundle: Bundle, parts: Sequence[Part]) -> tuple[Part, ...]:
 
 def check_drawable(bundle: Bundle, options: SamplingOptions) -> None:
     """Raises GenerationError if a reply could hold an image that nothing here can turn into pixels."""
-    if bundle.image is None and bundle.vocabulary.codes_per_image and options.mode != "text" and options.max_images:
+    vocabulary = bundle.vocabulary
+    draws = vocabulary.codes_per_image and not vocabulary.framed and options.mode != "text" and options.max_images
+    if bundle.image is None and draws:
         raise GenerationError(
             f"{bundle.path}: the model makes images and has no image tokenizer; add its image_tokenizer folder, or use "
             "mode text"

@@ -10,9 +10,9 @@ from pathlib import Path
 from jam.checkpoint import Checkpoint, open_checkpoint
 from jam.errors import CheckpointError, JamError
 from jam.floats import LONG
+from jam.layouts import ModelFolder, layout_of, open_model
 from jam.models.families import FAMILIES, check_tensors, family_of
 from jam.models.family import Family
-from jam.tokens.adopt import read_jam_file
 from merge.plan import read_parent
 from merge.recipe import MergeRecipe, WidthSection
 from merge.run import METHODS
@@ -30,7 +30,7 @@ def run_inspect(paths: list[Path]) -> None:
     """
     if not 1 <= len(paths) <= 2:
         raise JamError(f"{len(paths)} paths; one checkpoint folder or two are required, name them")
-    pages = [(str(path), describe_checkpoint(open_checkpoint(path))) for path in paths]
+    pages = [(str(path), describe_folder(path)) for path in paths]
     if len(paths) == 2:
         pages.append(("fusing them", describe_pair(*paths)))
     for title, facts in pages:
@@ -44,14 +44,22 @@ def _print(title: str, facts: Facts) -> None:
         print(f"  {name:<{width}}  {value}")
 
 
-def describe_checkpoint(checkpoint: Checkpoint) -> Facts:
+def describe_folder(path: Path) -> Facts:
     """What a folder is. Raises CheckpointError when headers and configuration disagree."""
-    facts = _architecture(checkpoint)
+    checkpoint = open_checkpoint(path)
     stored = sum(info.end - info.begin for info in checkpoint.tensors.values())
     dtypes = ", ".join(LONG.get(dtype, dtype) for dtype in checkpoint.dtypes)
-    facts += [("parameters", f"{checkpoint.parameters:,} in {len(checkpoint.tensors)} tensors")]
-    facts += [("stored as", f"{dtypes}, {stored:,} bytes")]
-    return facts + _vocabulary(checkpoint.path, checkpoint.config)
+    size: Facts = [
+        ("parameters", f"{checkpoint.parameters:,} in {len(checkpoint.tensors)} tensors"),
+        ("stored as", f"{dtypes}, {stored:,} bytes"),
+    ]
+    named = any((checkpoint.path / name).is_file() for name in ("jam.json", "tokenizer.json"))
+    if not named and layout_of(checkpoint) is None:
+        unknown = "neither jam.json nor tokenizer.json; one is required to know what the ids mean"
+        return [*_architecture(checkpoint), *size, ("vocabulary", unknown)]
+    model = open_model(path)
+    facts: Facts = [] if model.layout is None else [("layout", f"{model.layout}, as its owner ships it")]
+    return [*facts, *_architecture(model.checkpoint), *size, *_vocabulary(model)]
 
 
 def _architecture(checkpoint: Checkpoint) -> Facts:
@@ -92,22 +100,22 @@ def _sizes(family: Family, config: dict) -> str:
     )
 
 
-def _vocabulary(path: Path, config: dict) -> Facts:
-    if not (path / "jam.json").is_file() and not (path / "tokenizer.json").is_file():
-        return [("vocabulary", "neither jam.json nor tokenizer.json; one is required to know what the ids mean")]
-    jam = read_jam_file(path, config)
+def _vocabulary(model: ModelFolder) -> Facts:
+    jam = model.jam
     shown = [f"{span.kind} [{span.start}, {span.stop})" for span in jam.vocabulary.spans]
     spans = ", ".join(shown if len(shown) <= 8 else [*shown[:6], f"... {len(shown)} spans in all"])
     controls = ", ".join(f"{name} {index}" for name, index in jam.vocabulary.controls.items())
     facts: Facts = [("vocabulary", spans), ("controls", controls)]
-    if jam.image_tokenizer is None:
-        facts.append(("images", "none"))
+    codes = f"{jam.vocabulary.codes_per_image} codes of {jam.vocabulary.codebook_size}"
+    if jam.image_tokenizer is not None:
+        network = open_checkpoint(model.checkpoint.path / jam.image_tokenizer)
+        size = f"{network.config.get('resolution')} px, VQ of {network.parameters:,} parameters"
+        facts += [("images", f"{codes}, {size}")]
+    elif model.passengers is not None:
+        facts += [("images", f"{codes}, VQ of {model.passengers.parameters:,} parameters among the weights")]
     else:
-        network = open_checkpoint(path / jam.image_tokenizer)
-        codes = f"{jam.vocabulary.codes_per_image} codes of {jam.vocabulary.codebook_size}"
-        facts += [
-            ("images", f"{codes}, {network.config.get('resolution')} px, VQ of {network.parameters:,} parameters")
-        ]
+        facts += [("images", "none" if jam.vocabulary.image_span is None else f"{codes}, no image tokenizer")]
+    facts += [("note", note) for note in (*model.notes, *([model.lacks] if model.lacks else []))]
     if jam.fusion is not None:
         facts.append(("fused by", ", ".join(f"{key} {value}" for key, value in jam.fusion.items())))
     return facts
@@ -116,8 +124,8 @@ def _vocabulary(path: Path, config: dict) -> Facts:
 def describe_pair(first: Path, second: Path) -> Facts:
     """For every method, what it would preserve or why it cannot. The folder with image ids is the image parent."""
     paths = [first, second]
-    records = [read_jam_file(path, open_checkpoint(path).config) for path in paths]
-    if records[0].vocabulary.image_span is not None and records[1].vocabulary.image_span is None:
+    spans = [open_model(path).jam.vocabulary.image_span for path in paths]
+    if spans[0] is not None and spans[1] is None:
         paths.reverse()
     pair = Pair(read_parent(paths[0], "text"), read_parent(paths[1], "image"))
     facts: Facts = [("text parent", str(paths[0])), ("image parent", str(paths[1]))]

@@ -11,7 +11,7 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from jam.checkpoint import WEIGHTS, write_json
+from jam.checkpoint import WEIGHTS, Checkpoint, row_blocks, write_json
 from jam.errors import CheckpointError, JamError
 from jam.floats import STORED, all_finite, from_float32, not_finite
 
@@ -166,6 +166,33 @@ class ShardWriter:
         _fsync_folder(self.out.parent)
 
 
+def copy_tensors(source: Checkpoint, folder: Path, rows: Mapping[str, np.ndarray]) -> None:
+    """A checkpoint's configuration and tensors, bit for bit, as ``config.json`` and one ``model.safetensors``.
+
+    Args:
+        folder: made if absent.
+        rows: tensors whose rows are written in another order, and that order.
+
+    Raises:
+        CheckpointError: NaN or infinite values.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", source.config)
+    sizes = {name: (info.dtype, info.shape, info.end - info.begin) for name, info in source.tensors.items()}
+    with (folder / WEIGHTS).open("wb") as file:
+        file.write(_header_of(sizes))
+        for name, info in source.tensors.items():
+            if name in rows:
+                file.write(source.finite(name)[rows[name]].data)
+            elif info.dtype in STORED:
+                for block in row_blocks(info.shape):
+                    file.write(source.finite(name, block).data)
+            else:  # counters of whole numbers
+                with info.file.open("rb") as stored:
+                    stored.seek(info.begin)
+                    file.write(stored.read(info.end - info.begin))
+
+
 def encode(rows: np.ndarray, spec: TensorSpec) -> np.ndarray:
     """float32 rows in a tensor's own type. Raises CheckpointError when values overflow it."""
     stored = from_float32(rows, spec.dtype)
@@ -208,11 +235,16 @@ def _alive(pid: int) -> bool:
 
 
 def _header(specs: Sequence[TensorSpec]) -> bytes:
+    return _header_of({spec.name: (spec.dtype, spec.shape, spec.bytes) for spec in specs})
+
+
+def _header_of(sizes: Mapping[str, tuple[str, tuple[int, ...], int]]) -> bytes:
+    """A file's header from type, shape and bytes of its tensors in their order."""
     raw: dict = {"__metadata__": {"format": "pt"}}
     at = 0
-    for spec in specs:
-        raw[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, at + spec.bytes]}
-        at += spec.bytes
+    for name, (dtype, shape, length) in sizes.items():
+        raw[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + length]}
+        at += length
     text = json.dumps(raw, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data to eight bytes
     return len(text).to_bytes(8, "little") + text

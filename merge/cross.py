@@ -211,6 +211,11 @@ def obstacles(pair: Pair, recipe: MergeRecipe) -> list[str]:
                 f"the {side.side} parent's width {side.sizes.model} is no multiple of its {side.sizes.heads} heads, "
                 "which its cross-attention shares; use another parent"
             )
+    if recipe.cross.tables == "shared" and not image.has_text:
+        found.append(
+            "tables=shared fits the towers on tokens that both parents know, and the image parent has no text; use "
+            "tables=separate"
+        )
     if reason := pair.obstacle():
         found.append(reason)
     return found

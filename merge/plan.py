@@ -7,23 +7,29 @@ streams the plan to disk. A rule reads its sources when asked for rows and never
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from jam.checkpoint import Checkpoint, open_checkpoint
+from jam.checkpoint import Checkpoint
 from jam.errors import CheckpointError
+from jam.layouts import open_model
 from jam.models.families import check_tensors, family_of
 from jam.models.family import HEAD, Axes, Family, Sizes
-from jam.tokens.adopt import read_jam_file
-from jam.tokens.vocabulary import JamFile, Vocabulary
+from jam.tokens.vocabulary import TEXT, JamFile, Vocabulary
+from merge.image_network import ImageNetwork, given_network, own_network
 
 
 @dataclass(frozen=True)
 class Parent:
-    """One parent; ``side`` is "text" or "image", the word used in reports and errors."""
+    """One parent; ``side`` is "text" or "image", the word used in reports and errors.
+
+    ``network`` is the image tokenizer that the result gets from an image parent, ``passengers`` are tensors of the
+    parent's files that are not the decoder's, ``notes`` what its owner's layout has to say of the result.
+    """
 
     side: str
     checkpoint: Checkpoint
@@ -31,6 +37,9 @@ class Parent:
     sizes: Sizes
     axes: dict[str, Axes]
     jam: JamFile
+    network: ImageNetwork | None = None
+    passengers: Checkpoint | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -49,38 +58,46 @@ class Parent:
         """The tensor that scores the vocabulary: the table itself when tied."""
         return self.family.embed if self.sizes.tied else HEAD
 
+    @cached_property
+    def has_text(self) -> bool:
+        """Whether it knows any text at all (LVM does not)."""
+        return bool((self.vocabulary.kinds() == TEXT).any())
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self.checkpoint.tensors[name].shape
 
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the parent's files under its name there."""
+        passengers = {} if self.passengers is None else self.passengers.tensors
+        return {info.name: info.shape for info in (*self.checkpoint.tensors.values(), *passengers.values())}
 
-def read_parent(folder: Path, side: str) -> Parent:
+
+def read_parent(folder: Path, side: str, image_tokenizer: Path | None = None) -> Parent:
     """Open a parent's headers and side files.
+
+    Args:
+        image_tokenizer: a folder that takes the place of the parent's own image tokenizer.
 
     Raises:
         CheckpointError: a damaged or incomplete folder, an unknown family, a vocabulary of another size than the table.
+        MergeError: an image tokenizer that does not belong to the parent.
     """
-    checkpoint = open_checkpoint(folder)
+    model = open_model(folder)
+    checkpoint, jam = model.checkpoint, model.jam
     family = family_of(checkpoint.config, str(folder))
     axes = check_tensors(checkpoint, family)
-    sizes, jam = family.sizes(checkpoint.config), read_jam_file(folder, checkpoint.config)
+    sizes = family.sizes(checkpoint.config)
     if sizes.vocab != jam.vocabulary.size:
         raise CheckpointError(
             f"{folder}: config.json has {sizes.vocab} vocabulary rows, jam.json {jam.vocabulary.size} ids; they must "
             "agree, describe padding rows in jam.json as a control span"
         )
-    if not (Path(folder) / "tokenizer.json").is_file():
+    network = own_network(model) if image_tokenizer is None else given_network(image_tokenizer, model)
+    notes = model.notes if model.lacks is None or image_tokenizer is not None else (*model.notes, model.lacks)
+    parent = Parent(side, checkpoint, family, sizes, axes, jam, network, model.passengers, notes)
+    if (side == "text" or parent.has_text) and not (Path(folder) / "tokenizer.json").is_file():
         raise CheckpointError(f"{folder}: no tokenizer.json; save the model's fast tokenizer into this folder")
-    if jam.image_tokenizer is not None:
-        for name in ("config.json", "model.safetensors"):
-            if not (Path(folder) / jam.image_tokenizer / name).is_file():
-                raise CheckpointError(f"{folder}: no {jam.image_tokenizer}/{name}; restore the image tokenizer")
-        network = open_checkpoint(Path(folder) / jam.image_tokenizer)
-        if network.config.get("n_embed") != jam.vocabulary.codebook_size:
-            raise CheckpointError(
-                f"{network.path}: a codebook of {network.config.get('n_embed')} codes, jam.json has "
-                f"{jam.vocabulary.codebook_size} image ids; they must agree, restore the image tokenizer"
-            )
-    return Parent(side, checkpoint, family, sizes, axes, jam)
+    return parent
 
 
 Source = tuple[str, str]  # "text" or "image", and a tensor of that parent

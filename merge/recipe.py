@@ -94,6 +94,11 @@ class MergeRecipe(Recipe):
     )
     text: Path | None = Field(None, description="folder of the text parent; null is the shipped mini text model")
     image: Path | None = Field(None, description="folder of the image parent; null is the shipped mini image model")
+    image_tokenizer: Path | None = Field(
+        None,
+        description="folder of an image tokenizer (config.json, model.safetensors) for the result, such as jam convert "
+        "makes; null is the image parent's own",
+    )
     out: Path = Field(description="folder to write, which must not exist or be empty")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="type of the written tensors")
     seed: int = Field(0, ge=0, description="seed of newly made weights (cross blocks)")

@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from jam.models.family import HEAD
 from jam.recipe import dump_recipe
 from jam.shards import ShardWriter, TensorSpec, check_output, encode
 from merge import cross, uniform, width
+from merge.image_network import FOLDER
 from merge.plan import Copy, Job, Parent, Plan, read_parent, token_ids
 from merge.recipe import MergeRecipe
 from merge.union import Pair
@@ -74,6 +75,7 @@ def run_merge(recipe: MergeRecipe, dry_run: bool = False) -> Path | None:
         JamError: the disk is full.
     """
     plan, pair = make_plan(recipe)
+    network = pair.image.network
     if dry_run:
         _print_plan(plan, pair, recipe)
         return None
@@ -84,9 +86,13 @@ def run_merge(recipe: MergeRecipe, dry_run: bool = False) -> Path | None:
     for parent in pair.sides:
         if recipe.out.resolve().is_relative_to(parent.path.resolve()):
             raise MergeError(f"{recipe.out}: lies inside the {parent.side} parent; choose a folder outside of it")
+    given = None if network is None else network.folder
+    if given is not None and recipe.out.resolve().is_relative_to(given.resolve()):
+        raise MergeError(f"{recipe.out}: lies inside the image tokenizer; choose a folder outside of it")
     specs = [TensorSpec(job.name, SHORT[recipe.dtype], job.shape) for job in plan.jobs]
     side_files = _side_files(pair)
     side_bytes = sum(source.stat().st_size for source in side_files.values()) + (1 << 20)
+    side_bytes += 0 if network is None else network.bytes
     keep_freed_memory()  # blocks come and go thousands of times
     with ShardWriter(recipe.out, specs, side_bytes=side_bytes) as writer:
         _stream(plan, writer, recipe)
@@ -100,14 +106,15 @@ def make_plan(recipe: MergeRecipe) -> tuple[Plan, Pair]:
     """Read the parents' headers and plan. Raises MergeError naming the methods that would work instead."""
     pair = Pair(
         read_parent(recipe.text or assets.TEXT_PARENT, "text"),
-        read_parent(recipe.image or assets.IMAGE_PARENT, "image"),
+        read_parent(recipe.image or assets.IMAGE_PARENT, "image", recipe.image_tokenizer),
     )
     method = METHODS[recipe.method]
     if reasons := method.obstacles(pair, recipe):
         others = fitting_methods(pair)
         todo = f"use --method {' or '.join(others)}" if others else "no method can fuse these parents"
         raise MergeError(f"{recipe.method} merge: {reasons[0]}; {todo}")
-    return method.plan(pair, recipe), pair
+    plan = method.plan(pair, recipe)
+    return replace(plan, notes=(*plan.notes, *pair.image.notes)), pair
 
 
 def fitting_methods(pair: Pair) -> list[str]:
@@ -179,11 +186,6 @@ def _side_files(pair: Pair) -> dict[Path, Path]:
     files = {Path(name): owner.path / name for name in TOKENIZER_FILES if (owner.path / name).is_file()}
     if (text.path / "chat_template.jinja").is_file():
         files[Path("chat_template.jinja")] = text.path / "chat_template.jinja"
-    if image.jam.image_tokenizer is not None:
-        source = image.path / image.jam.image_tokenizer
-        for file in sorted(source.rglob("*")):
-            if file.is_file():
-                files[Path("image_tokenizer") / file.relative_to(source)] = file
     return files
 
 
@@ -191,6 +193,8 @@ def _write_side_files(plan: Plan, pair: Pair, recipe: MergeRecipe, files: dict[P
     for target, source in files.items():
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
         (folder / target).write_bytes(source.read_bytes())
+    if pair.image.network is not None:
+        pair.image.network.write(folder / FOLDER)
     write_json(folder / "config.json", plan.config)
     ids = {key: value for key, value in token_ids(plan.jam.vocabulary).items() if value is not None}
     write_json(folder / "generation_config.json", ids)
@@ -222,6 +226,7 @@ def report(plan: Plan, pair: Pair, recipe: MergeRecipe) -> dict:
         "parameters": plan.parameters,
         "settings": dict(plan.figures) | plan.measured(),
         "text_rows_of_image_parent": pair.union.figures(),
+        "image_tokenizer": None if pair.image.network is None else pair.image.network.origin,
         "rows": dict(plan.rows),
         "tensors": {job.name: {"shape": list(job.shape), "from": job.rule.fate} for job in plan.jobs},
         "inputs": {side.side: input_fates(plan, side) for side in pair.sides},
@@ -236,15 +241,21 @@ def input_fates(plan: Plan, parent: Parent) -> dict[str, str]:
             if side == parent.side:
                 used.setdefault(tensor, []).append(job.name)
     fates = {}
-    for name in parent.checkpoint.tensors:
+    for name, info in parent.checkpoint.tensors.items():
         if name in used:
-            fates[name] = f"to {', '.join(used[name])}"
+            fates[info.name] = f"to {', '.join(used[name])}"
         elif name in parent.axes:
-            fates[name] = "left out: a shared table and head take its place"
+            fates[info.name] = "left out: a shared table and head take its place"
         elif name == HEAD:
-            fates[name] = "left out: the configuration ties the head to the table, and transformers ignores this copy"
+            fates[info.name] = (
+                "left out: the configuration ties the head to the table, and transformers ignores this copy"
+            )
         else:
-            fates[name] = "left out: a buffer that transformers computes anew"
+            fates[info.name] = "left out: a buffer that transformers computes anew"
+    if parent.passengers is not None:
+        kept = parent.side == "image" and parent.network.source is parent.passengers
+        for name, info in parent.passengers.tensors.items():
+            fates[info.name] = parent.network.fate(name) if kept else "left out: another image tokenizer is taken"
     return fates
 
 
@@ -256,10 +267,8 @@ def compact_json(value: dict) -> str:
 
 def model_card(plan: Plan, pair: Pair) -> str:
     """README.md of the result."""
-    cross_model = plan.method == "cross"
-    load = (
-        "jam.models.load.load_bundle(Path(folder))" if cross_model else "AutoModelForCausalLM.from_pretrained(folder)"
-    )
+    automatic = plan.method != "cross" and pair.image.family.automatic
+    load = "AutoModelForCausalLM.from_pretrained(folder)" if automatic else "jam.models.load.load_bundle(Path(folder))"
     lines = ["---", "library_name: transformers", "pipeline_tag: any-to-any", "tags: [jam, merge]", "---", ""]
     lines += [f"# {plan.method} merge", ""]
     for side in pair.sides:
@@ -287,8 +296,9 @@ def _print_plan(plan: Plan, pair: Pair, recipe: MergeRecipe) -> None:
         print(f"note: {note}")
     for side in pair.sides:
         print(f"from the {side.side} parent {side.path}:")
+        shapes = side.stored_shapes()
         for name, fate in input_fates(plan, side).items():
-            print(f"  {name} {list(side.shape(name))}: {fate}")
+            print(f"  {name} {list(shapes[name])}: {fate}")
     print("tensors of the result:")
     for job in plan.jobs:
         print(f"  {job.name} {_shape(job)}: {job.rule.fate}")

@@ -7,7 +7,7 @@ Where both parents have one tokenizer, the joint vocabulary is the image parent'
 is kept whole, so that text is cut exactly as the LLM cuts it; after its last id follow the controls that only the
 image parent has, then its image ids. The image parent's rows for the LLM's tokens come from ``merge.transplant``:
 copied where one of its tokens is the same string, averaged where several make it up, and none where it has no word
-for it. Controls are matched by name.
+for it, or no words at all. Controls are matched by name.
 """
 
 from dataclasses import dataclass, replace
@@ -20,6 +20,7 @@ from jam.checkpoint import read_json
 from jam.errors import CheckpointError
 from jam.tokens.text import TextTokenizer
 from jam.tokens.vocabulary import CONTROL, IMAGE, TEXT, JamFile, Span, Vocabulary
+from merge.image_network import FOLDER
 from merge.plan import Parent
 from merge.transplant import Spelling, pieces
 
@@ -104,7 +105,9 @@ class Pair:
         """Why the two vocabularies cannot become one, or None when they can."""
         ours, theirs = self.text.vocabulary, self.image.vocabulary
         if theirs.image_span is None:
-            swap = "swap --text and --image" if ours.image_span is not None else "use an image-text model"
+            swap = "use an image-text model, or name its image ids in jam.json"
+            if ours.image_span is not None:
+                swap = "swap --text and --image"
             return f"the image parent {self.image.path} has no image ids; {swap}"
         if ours.image_span is not None and not self.one_tokenizer:
             return "both parents have image ids, under different numbers; use a text LLM as the text parent"
@@ -114,7 +117,7 @@ class Pair:
 def joint_jam_file(pair: Pair, method: str) -> JamFile:
     """jam.json of the result."""
     image = pair.image
-    tokenizer = "image_tokenizer" if image.jam.image_tokenizer is not None else None
+    tokenizer = None if image.network is None else FOLDER
     fusion = {"method": method, "text": pair.text.family.model_type, "image": image.family.model_type}
     return JamFile(pair.union.vocabulary, tokenizer, image.jam.unconditional, fusion, image.jam.sampling)
 
@@ -132,7 +135,7 @@ def owned(vocabulary: Vocabulary, size: int) -> np.ndarray:
 def one_tokenizer(text: Parent, image: Parent) -> bool:
     """Whether text and controls have the same numbers and strings in both, and text is cut alike."""
     ours, theirs = text.vocabulary, image.vocabulary
-    if ours.size > theirs.size or (ours.kinds() != theirs.kinds()[: ours.size]).any():
+    if not image.has_text or ours.size > theirs.size or (ours.kinds() != theirs.kinds()[: ours.size]).any():
         return False
     same = {name: index for name, index in ours.controls.items() if name != "eos" or ours.turns is None}
     if any(theirs.controls.get(name) != index for name, index in same.items()):
@@ -180,7 +183,9 @@ def join(text: Parent, image: Parent) -> Union:
     kinds = joint.kinds()
     source = np.full(joint.size, NONE, np.int64)
     ids = np.flatnonzero(kinds == TEXT)
-    offsets, found = pieces(Spelling.of(text.path), Spelling.of(image.path), ids.tolist())
+    offsets, found = np.zeros(len(ids) + 1, np.int64), np.zeros(0, np.int64)
+    if image.has_text:
+        offsets, found = pieces(Spelling.of(text.path), Spelling.of(image.path), ids.tolist())
     lengths = np.diff(offsets)
     usable = (theirs.kinds() == TEXT)[found]  # a piece that is no text token stands for something else
     whole = np.ones(len(ids), bool)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from jam.errors import GenerationError
-from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD
+from jam.tokens.render import FRAMED, IMAGE_HEAD, TEXT_HEAD
 from jam.tokens.vocabulary import TEXT, Vocabulary
 
 Mode = Literal["interleaved", "text", "image"]
@@ -89,6 +89,8 @@ class Rules:
             )
         if self.mode == "image" and not self.max_images:
             raise GenerationError("mode is image and max_images 0; required: at least 1; raise max_images")
+        if self.needed_images and self.vocabulary.framed:
+            raise GenerationError(f"an image is asked for; {FRAMED}")
         if self.needed_images and not self.can_draw:
             raise GenerationError(
                 f"an image is asked for (mode {self.mode}, min_images {self.min_images}) and this model's vocabulary "
@@ -100,7 +102,8 @@ class Rules:
     @property
     def can_draw(self) -> bool:
         names = {"begin_image", "end_image"} & set(self.vocabulary.controls)
-        return bool(self.vocabulary.codes_per_image and self.vocabulary.image_span and len(names) == 2)
+        images = self.vocabulary.image_span is not None and not self.vocabulary.framed
+        return bool(images and self.vocabulary.codes_per_image and len(names) == 2)
 
     @property
     def needed_images(self) -> int:

@@ -67,6 +67,7 @@ def _gated(
     activation: str = "hidden_act",
     scaled_embeddings: bool = False,
     reads_head_dim: bool = True,
+    automatic: bool = True,
     **defaults: object,
 ) -> Family:
     """A family of Llama's build: rotary positions, gated feed-forward, RMS norms; what differs is given."""
@@ -88,6 +89,7 @@ def _gated(
         embed="model.embed_tokens.weight",
         scaled_embeddings=scaled_embeddings,
         reads_head_dim=reads_head_dim,
+        automatic=automatic,
         ignored=("rotary_emb.inv_freq",),
     )
 
@@ -285,6 +287,7 @@ FAMILIES: dict[str, Family] = {
             "Emu3ForCausalLM",
             (*_attention("attention_bias", "attention_bias"), *_gated_mlp("mlp_bias"), *_norms(*_BEFORE)),
             ("attention_bias", "mlp_bias"),
+            automatic=False,
             attention_bias=False,
             mlp_bias=False,
             rms_norm_eps=1e-5,
@@ -303,6 +306,7 @@ FAMILIES: dict[str, Family] = {
             ),
             ("attention_bias", "mlp_bias", "swin_norm"),
             reads_head_dim=False,
+            automatic=False,
             attention_bias=False,
             mlp_bias=False,
             swin_norm=False,

@@ -69,6 +69,7 @@ class Family:
     extra_positions: int = 0  # rows of the position table before position 0
     reads_head_dim: bool = True  # a configured head_dim counts; else a head is the width over the heads
     scaled_embeddings: bool = False  # a table's row enters the network times the square root of the width
+    automatic: bool = True  # transformers' AutoModelForCausalLM loads it
     ignored: tuple[str, ...] = ()  # endings of buffers that old checkpoints carry and transformers recomputes
 
     def value(self, config: dict, key: str) -> object:

@@ -24,14 +24,13 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedMo
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from jam.checkpoint import open_checkpoint
 from jam.errors import CheckpointError, GenerationError
+from jam.layouts import open_model
 from jam.models import cross  # also registers jam_cross with transformers' Auto classes
 from jam.models.families import FAMILIES
 from jam.models.heads import allowed_ids, restrict
 from jam.models.masks import default_positions, mask_for
 from jam.models.tower import network_class
-from jam.tokens.adopt import read_jam_file
 from jam.tokens.image import ImageTokenizer
 from jam.tokens.text import TextTokenizer
 from jam.tokens.vocabulary import Vocabulary
@@ -45,7 +44,7 @@ class Bundle:
     """A model with its vocabulary and tokenizers.
 
     Attributes:
-        image: None for a model that makes no images.
+        image: None for a model that makes no images, or whose images jam cannot write down (``Vocabulary.framed``).
         unconditional: names of the controls that stand for "no condition" before an image.
         sampling: the model's own defaults of ``jam.decode.engine.SamplingOptions``.
     """
@@ -134,15 +133,22 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32) -> Bundle:
             wrong shape or not finite; an unknown model type; parts that do not belong together.
     """
     path = Path(path)
-    checkpoint = open_checkpoint(path)
-    record = read_jam_file(path, checkpoint.config)
+    folder = open_model(path)
+    checkpoint, record = folder.checkpoint, folder.jam
+    if renamed := next((name for name, info in checkpoint.tensors.items() if info.name != name), None):
+        raise CheckpointError(
+            f"{path}: a folder of {folder.layout}'s owner, with {checkpoint.tensors[renamed].name} for {renamed}; jam "
+            "merge reads it as a parent, run what that makes of it"
+        )
     text = TextTokenizer.load(path)
     if quantized := [info for info in checkpoint.tensors.values() if info.dtype in _INTEGERS]:
         raise CheckpointError(
             f"{path}: tensor {quantized[0].name} is {quantized[0].dtype}; float weights are required, dequantize the "
             "checkpoint"
         )
-    image = None if record.image_tokenizer is None else ImageTokenizer.load(path / record.image_tokenizer)
+    image = None
+    if record.image_tokenizer is not None and not record.vocabulary.framed:
+        image = ImageTokenizer.load(path / record.image_tokenizer)
     model = load_model(path, checkpoint.config, dtype)
     bundle = Bundle(path, model, record.vocabulary, text, image, record.unconditional, record.sampling)
     _check_parts(bundle)

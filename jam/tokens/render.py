@@ -22,6 +22,10 @@ from jam.tokens.text import TextTokenizer
 from jam.tokens.vocabulary import IMAGE, Vocabulary
 
 TEXT_HEAD, IMAGE_HEAD = 0, 1
+FRAMED = (
+    "this model's images hold their size and row ends between the codes (control end_row), which jam cannot write yet; "
+    "use it with text alone, or another model for images"
+)
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,9 @@ def render(document: Document, vocabulary: Vocabulary, text: TextTokenizer, comp
             turn appends the assistant's role token (a prompt).
 
     Raises:
-        DataError: an image in pixels (tokenise it first), an image of the wrong length, a control that this vocabulary
-            lacks, or a reply that nobody asked for where the vocabulary's turns begin with the user.
+        DataError: an image in pixels (tokenise it first), an image of the wrong length or of more than codes, a control
+            that this vocabulary lacks, or a reply that nobody asked for where the vocabulary's turns begin with the
+            user.
     """
     controls, turns = vocabulary.controls, vocabulary.turns
 
@@ -116,6 +121,8 @@ def render(document: Document, vocabulary: Vocabulary, text: TextTokenizer, comp
                         f"an image of {len(part.codes)} codes; this vocabulary's images have exactly "
                         f"{vocabulary.codes_per_image}"
                     )
+                if vocabulary.framed:
+                    raise DataError(FRAMED)
                 writer.add(control("begin_image"), TEXT_HEAD, weight, True)
                 writer.add(vocabulary.image_ids(np.array(part.codes)).tolist(), IMAGE_HEAD, weight, False)
                 writer.add(control("end_image"), IMAGE_HEAD, weight, True)

@@ -5,11 +5,14 @@ split by modality and how long an image is all derive from it. ``controls`` name
 without a name is reserved.
 
 CM3Leon's ``<break>`` both opens and closes an image, so ``begin_image`` and ``end_image`` may be one id; Chameleon
-has two.
+has two. ``unconditional`` stands for "no condition" where a model has a token for that alone (Liquid), ``end_turn``
+ends a speaker's turn (Chameleon); ``begin_codes``, ``end_row`` and ``end_frame`` belong to images that carry their size
+and row ends among the codes (Emu3, Lumina-mGPT).
 """
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +23,12 @@ from jam.errors import CheckpointError
 Kind = Literal["control", "text", "image"]
 CONTROL, TEXT, IMAGE = 0, 1, 2  # values of Vocabulary.kinds()
 _KIND_VALUE: dict[str, int] = {"control": CONTROL, "text": TEXT, "image": IMAGE}
+_KINDS: dict[int, Kind] = {CONTROL: "control", TEXT: "text", IMAGE: "image"}
 MAX_IDS = 1 << 24  # far above any real vocabulary: one byte an id is held
-CONTROL_NAMES = ("bos", "pad", "eos", "mask", "infill", "begin_image", "end_image", "user", "assistant")
+CONTROL_NAMES = (
+    *("bos", "pad", "eos", "mask", "infill", "begin_image", "end_image", "user", "assistant"),
+    *("unconditional", "end_turn", "begin_codes", "end_row", "end_frame"),
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,11 @@ class Vocabulary:
         span = self.image_span
         return span.stop - span.start if span else 0
 
+    @property
+    def framed(self) -> bool:
+        """Whether an image holds row ends (and its size) beside its codes, which jam cannot write or draw."""
+        return "end_row" in self.controls
+
     def kinds(self) -> np.ndarray:
         """uint8 [size]: CONTROL, TEXT or IMAGE for every id."""
         return np.concatenate([np.full(s.stop - s.start, _KIND_VALUE[s.kind], np.uint8) for s in self.spans])
@@ -130,6 +142,18 @@ class Vocabulary:
                 "the image tokenizer and the model must belong together"
             )
         return codes + span.start
+
+    @classmethod
+    def of_kinds(
+        cls, kinds: np.ndarray, controls: dict[str, int], codes_per_image: int = 0, turns: Turns | None = None
+    ) -> "Vocabulary":
+        """Spans from a kind for every id; a named control is a control whatever its kind was."""
+        kinds = kinds.copy()
+        kinds[list(controls.values())] = CONTROL
+        runs = [(int(kind), len(list(run))) for kind, run in groupby(kinds.tolist())]
+        stops = np.cumsum([length for _, length in runs]).tolist()
+        spans = (Span(_KINDS[kind], stop - length, stop) for (kind, length), stop in zip(runs, stops, strict=True))
+        return cls(tuple(spans), controls, codes_per_image, turns)
 
     def to_json(self) -> dict:
         raw: dict = {

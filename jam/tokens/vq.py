@@ -30,7 +30,8 @@ class VQConfig:
     convolution and unfolds them after the last (1 is the lineage's network; 2 removes the finest level, where a CPU
     spends most of its time). The grid has ``resolution / patch / 2 ** (len(ch_mult) - 1)`` codes a side;
     ``attn_resolutions`` are sides after folding. ``local`` swaps the encoder for :class:`LocalEncoder`
-    and the decoder's norms for :class:`PositionNorm`; the decoder keeps its attention.
+    and the decoder's norms for :class:`PositionNorm`; the decoder keeps its attention. ``decoder`` is False for a
+    tokenizer that only reads images (transformers ships Chameleon's so).
     """
 
     resolution: int = 64
@@ -43,6 +44,7 @@ class VQConfig:
     embed_dim: int = 32
     n_embed: int = 1024
     local: bool = False
+    decoder: bool = True
 
     @property
     def grid(self) -> int:
@@ -283,7 +285,7 @@ class VQModel(nn.Module):
         self.quantize = Quantizer(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
-        self.decoder = Decoder(config)
+        self.decoder = Decoder(config) if config.decoder else None
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Unquantised latents: [B, 3, S, S] -> [B, embed_dim, G, G]."""
@@ -304,6 +306,11 @@ class VQModel(nn.Module):
         return self.decode_latents(z).clamp(-1, 1)
 
     def decode_latents(self, z: Tensor) -> Tensor:
+        if self.decoder is None:
+            raise CheckpointError(
+                "the image tokenizer has an encoder only and can read images, not make them; its decoder is required, "
+                "give jam merge a whole one with image_tokenizer"
+            )
         return self.decoder(self.post_quant_conv(z))
 
     def save(self, folder: Path) -> None:

@@ -56,6 +56,22 @@ def test_merges_and_leaves_the_recipe_that_makes_it_again(tmp_path: Path, pair: 
     }
 
 
+def test_another_image_tokenizer_may_be_named(tmp_path: Path, pair: tuple[Path, Path], capsys):
+    given = tmp_path / "given"
+    shutil.copytree(pair[1] / "image_tokenizer", given)
+    (given / "notes.txt").write_text("sharpened")
+    assert main(command(pair, tmp_path / "out", "cross", "--image-tokenizer", str(given))) == 0
+    assert (tmp_path / "out/image_tokenizer/notes.txt").read_text() == "sharpened"
+    assert json.loads((tmp_path / "out/report.json").read_text())["image_tokenizer"] == "given, as the recipe says"
+    capsys.readouterr()
+    assert main(command(pair, tmp_path / "none", "cross", "--image-tokenizer", str(pair[0]))) == 2
+    assert "no tensor quantize.embedding.weight" in capsys.readouterr().err
+    assert main(command(pair, given / "out", "cross", "--image-tokenizer", str(given))) == 2
+    assert "lies inside the image tokenizer" in capsys.readouterr().err
+    assert main(command(pair, tmp_path / "none", "cross", "--image-tokenizer", str(tmp_path / "none"))) == 2
+    assert "no config.json; a folder with an image tokenizer is required" in capsys.readouterr().err
+
+
 def test_merging_loads_no_torch(tmp_path: Path, pair: tuple[Path, Path]):
     program = (
         "import sys; from jam.cli import main; code = main(sys.argv[1:]); "

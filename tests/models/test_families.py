@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from jam.checkpoint import WEIGHTS, open_checkpoint
 from jam.errors import CheckpointError
@@ -26,6 +27,11 @@ VARIANTS = [
     *((family, changes) for family in FAMILIES for changes in CHANGES if family != "opt"),
     *(("opt", changes) for changes in [{}, *OPT_CHANGES]),
 ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_card_promises_the_auto_class_where_it_knows_the_family(family: str):
+    assert FAMILIES[family].automatic == (family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)

@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jam.errors import CheckpointError
-from jam.tokens.adopt import adopt_vocabulary, read_jam_file
+from jam.layouts import open_model
+from jam.tokens.adopt import adopt_vocabulary
 from jam.tokens.vocabulary import JamFile, Span, Vocabulary
 from tests.tiny import tiny_tokenizer
 
@@ -37,10 +40,12 @@ def test_an_end_that_is_not_marked_special_is_a_control(folder: Path):
 
 
 def test_a_file_of_ours_wins(folder: Path):
-    assert read_jam_file(folder, CONFIG).vocabulary == adopt_vocabulary(folder, CONFIG)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    save_file({"x": np.zeros(1, np.float32)}, folder / "model.safetensors")
+    assert open_model(folder).jam.vocabulary == adopt_vocabulary(folder, CONFIG)
     ours = JamFile(Vocabulary((Span("text", 0, 320),), {}))
     ours.write(folder)
-    assert read_jam_file(folder, CONFIG) == ours
+    assert open_model(folder).jam == ours
 
 
 @pytest.mark.parametrize(

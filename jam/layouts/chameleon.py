@@ -1,0 +1,130 @@
+"""Chameleon as transformers ships it: Chameleon-7B and 30B, Anole, MedMax, Lumina-mGPT.
+
+One folder holds the decoder, the image encoder (``model.vqmodel``) and, in config.json, ``vocabulary_map``. An image
+token is named ``IMGIMG``, its code in letters for digits (A is 0), ``Z``; ids need not be in the order of the codes.
+``<racm3:break>`` opens an image, ``<eoss>`` closes it, ``<reserved08706>`` ends a turn; the unconditional prompt is
+``<s> <racm3:break>``, as Meta's sampler has it. transformers carries no decoder of the image network: such a folder
+reads images and draws codes, not pixels.
+
+Lumina-mGPT (``mask_image_logits`` in its configuration) writes an image's size and a ``<reserved08799>`` after each row
+of codes; that is more than jam's grammar says.
+"""
+
+import re
+
+import numpy as np
+
+from jam.checkpoint import Checkpoint
+from jam.errors import CheckpointError
+from jam.layouts import vqgan
+from jam.layouts.view import ModelFolder, Owner, check_words, code_ids, split, unordered
+from jam.tokens.vocabulary import CONTROL, IMAGE, TEXT, JamFile, Vocabulary
+
+CONTROLS = {
+    "bos": "<s>",
+    "pad": "<pad>",
+    "eos": "</s>",
+    "begin_image": "<racm3:break>",
+    "end_image": "<eoss>",
+    "end_turn": "<reserved08706>",
+}
+REQUIRED = ("bos", "eos", "begin_image", "end_image")
+ROW_END = "<reserved08799>"  # Lumina-mGPT's
+UNCONDITIONAL = ("bos", "begin_image")
+CODES_PER_IMAGE = 1024  # of the release: 512 px, 16 px a code
+LUMINA = (
+    f"Lumina-mGPT writes an image's size and {ROW_END} between its codes: weights and ids are kept, but jam cannot "
+    "draw its images yet or train on them; in a merge with another tokenizer its size tokens are left out",
+)
+_CODE = re.compile(r"IMGIMG([A-J]+)Z")
+_DIGITS = str.maketrans("ABCDEFGHIJ", "0123456789")
+
+
+def chameleon_vocabulary(
+    words: dict[str, int],
+    size: int,
+    codes_per_image: int = CODES_PER_IMAGE,
+    rows: bool = False,
+    where: str = "vocabulary_map",
+) -> tuple[Vocabulary, np.ndarray]:
+    """Chameleon's ids by the names of its tokens.
+
+    Args:
+        words: token to id.
+        size: rows of the table.
+        rows: name the token that ends a row of an image (Lumina-mGPT).
+
+    Returns:
+        The vocabulary, and int64 [K]: the codebook index that each image id stands for, in the order of the ids.
+
+    Raises:
+        CheckpointError: a missing control, ids beyond the table or with two tokens, image tokens that are not one for
+            each code.
+    """
+    check_words(words, where)
+    numbered: dict[int, list[int]] = {}
+    kinds = np.full(size, CONTROL, np.uint8)
+    for name, index in words.items():
+        if not 0 <= index < size:
+            raise CheckpointError(
+                f"{where}: token {name} has id {index}, the table {size} rows; a row for every token is required, use "
+                "the tokenizer of this model"
+            )
+        if name.startswith("IMGIMG"):
+            spelled = _CODE.fullmatch(name)
+            if spelled is None:
+                raise CheckpointError(
+                    f"{where}: image token {name}; IMGIMG, letters A to J and Z are required, restore the file"
+                )
+            numbered.setdefault(int(spelled[1].translate(_DIGITS)), []).append(index)
+        elif not (len(name) > 2 and name.startswith("<") and name.endswith(">")):  # as Meta tells its specials
+            kinds[index] = TEXT
+    span, order = code_ids(numbered, "IMGIMG...Z", where)
+    kinds[span.start : span.stop] = IMAGE
+    named = CONTROLS | ({"end_row": ROW_END} if rows else {})
+    controls = {control: words[name] for control, name in named.items() if name in words}
+    if missing := next((control for control in REQUIRED if control not in controls), None):
+        raise CheckpointError(
+            f"{where}: no token {CONTROLS[missing]}, Chameleon's {missing}; use the tokenizer of this model or write "
+            "jam.json"
+        )
+    return Vocabulary.of_kinds(kinds, controls, codes_per_image), order
+
+
+def fits(owner: Owner) -> bool:
+    return owner.config.get("model_type") == "chameleon"
+
+
+def view(owner: Owner) -> ModelFolder:
+    """Raises CheckpointError for a vocabulary, configuration or image network that is not whole."""
+    where, size = str(owner.path), owner.config.get("vocab_size")
+    if type(size) is not int:
+        raise CheckpointError(f"{where}/config.json: vocab_size is {size!r}; a whole number is required, restore it")
+    network = vqgan.tokenizer_config(owner.config.get("vq_config"), f"{where}/config.json")
+    lumina = "mask_image_logits" in owner.config
+    vocabulary, order = chameleon_vocabulary(
+        owner.named_words, size, vqgan.side(network) ** 2, rows=lumina, where=where
+    )
+    if vocabulary.codebook_size != network["n_embed"]:
+        raise CheckpointError(
+            f"{where}: {vocabulary.codebook_size} image tokens, vq_config has {network['n_embed']} codes; they must "
+            "agree, use the tokenizer of this model"
+        )
+    decoder, passengers = split(owner, ("model.vqmodel.", "vqmodel."), {})
+    # ids of another vocabulary and an encoder that is elsewhere would mislead whoever loads the decoder
+    dropped = ("vocabulary_map", "vq_config", "image_token_id", "mask_image_logits")
+    config = {key: value for key, value in owner.config.items() if key not in dropped}
+    found = Checkpoint(owner.path, network, passengers) if passengers else None
+    lacks = "the folder has no image network"
+    if found is not None:
+        vqgan.check_network(found, where)
+        lacks = "its image network has no decoder: it reads pictures and draws codes"
+    return ModelFolder(
+        Checkpoint(owner.path, config, decoder),
+        JamFile(vocabulary, None, UNCONDITIONAL),
+        "Lumina-mGPT" if lumina else "Chameleon",
+        found,
+        unordered(order),
+        LUMINA if lumina else (),
+        f"{lacks}; to make pictures give image_tokenizer a folder made of Meta's vqgan.ckpt",
+    )

@@ -1,0 +1,109 @@
+"""Emu3 as transformers ships it (Emu3-Gen-hf, Emu3-Chat-hf), or its language model alone.
+
+``Emu3ForConditionalGeneration`` keeps the decoder's configuration under ``text_config`` and saves its tensors as
+``text_model.*`` (as ``model.text_model.*`` where names are not converted back), the image network as ``vqmodel.*``. An
+image token is named ``<|visual token 000000|>``. An image is
+
+    begin, its size in text ("90*90"), <|image token|>, rows of codes that each end in <|extra_200|>, <|extra_201|>, end
+
+which is more than jam's grammar says: the model can be merged, every row under its id, and not drawn with yet.
+"""
+
+import re
+
+from jam.checkpoint import Checkpoint
+from jam.errors import CheckpointError
+from jam.layouts.view import CODEBOOK, ModelFolder, Owner, check_words, code_ids, split, unordered, vocabulary_of
+from jam.tokens.vocabulary import JamFile
+
+CONTROLS = {
+    "begin_image": "<|image start|>",
+    "end_image": "<|image end|>",
+    "begin_codes": "<|image token|>",
+    "end_row": "<|extra_200|>",
+    "end_frame": "<|extra_201|>",
+}
+RESOLUTION = 720  # pixels a side: a square of the area that Emu3's processor draws by default
+# values of transformers' Emu3TextConfig and Emu3VQVAEConfig: it leaves keys out that have them
+_TEXT = {
+    "vocab_size": 184622,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 9216,
+    "pad_token_id": 151643,
+    "bos_token_id": 151849,
+    "eos_token_id": 151850,
+}
+_NETWORK = {"codebook_size": 32768, "embed_dim": 4, "channel_multiplier": [1, 2, 2, 4]}
+NOTES = (
+    "Emu3 writes an image's size as text and ends every row of codes with a token: weights and ids are kept, but jam "
+    f"cannot draw its images yet or train on them; codes_per_image is that of {RESOLUTION} px squares",
+)
+_CODE = re.compile(r"<\|visual token (\d{6})\|>")
+
+
+def fits(owner: Owner) -> bool:
+    if owner.config.get("model_type") == "emu3":
+        return True
+    return owner.config.get("model_type") == "emu3_text_model" and owner.has("<|visual token 000000|>")
+
+
+def view(owner: Owner) -> ModelFolder:
+    """Raises CheckpointError for a vocabulary, configuration or image network that is not whole."""
+    where, composite = str(owner.path), owner.config.get("model_type") == "emu3"
+    if owner.words is None:
+        raise CheckpointError(f"{where}: no tokenizer.json; save the model's fast tokenizer into this folder")
+    numbered: dict[int, list[int]] = {}
+    words = owner.named_words
+    check_words(words, where)
+    for name, index in words.items():
+        if spelled := _CODE.fullmatch(name):
+            numbered.setdefault(int(spelled[1]), []).append(index)
+    span, order = code_ids(numbered, "<|visual token 000000|>", where)
+    if missing := next((name for name in CONTROLS.values() if name not in words), None):
+        raise CheckpointError(f"{where}: no token {missing}; use the tokenizer of this model or write jam.json")
+    config = dict(owner.config)
+    if composite:
+        inner = owner.config.get("text_config")
+        config = _TEXT | (inner if isinstance(inner, dict) else {})
+        config |= {"model_type": "emu3_text_model", "architectures": ["Emu3ForCausalLM"]}
+        config["tie_word_embeddings"] = bool(owner.config.get("tie_word_embeddings", config.get("tie_word_embeddings")))
+    network = _NETWORK | (owner.config.get("vq_config") or {}) | {"model_type": "emu3_vqgan", "resolution": RESOLUTION}
+    renamed = {
+        "text_model.model.": "model.",
+        "text_model.lm_head.": "lm_head.",
+        "model.text_model.": "model.",
+    }
+    decoder, passengers = split(owner, ("model.vqmodel.", "vqmodel."), renamed)
+    found = Checkpoint(owner.path, network, passengers) if passengers else None
+    if found is not None:
+        _check_network(found, len(span), where)
+    factor = 2 ** (len(network["channel_multiplier"]) - 1)
+    controls = {control: words[name] for control, name in CONTROLS.items()}
+    vocabulary = vocabulary_of(owner, config, span, controls, (RESOLUTION // factor) ** 2)
+    jam = JamFile(vocabulary, None, ("bos", "begin_image"))
+    return ModelFolder(Checkpoint(owner.path, config, decoder), jam, "Emu3", found, unordered(order), NOTES)
+
+
+def _check_network(network: Checkpoint, codes: int, where: str) -> None:
+    """The codebook alone is looked at: the rest is transformers' own class, which checks it when it loads."""
+    wanted = (network.config["codebook_size"], network.config["embed_dim"])
+    if CODEBOOK not in network.tensors:
+        raise CheckpointError(
+            f"{where}: the image network's {CODEBOOK} {list(wanted)} is missing; a whole network is required, "
+            "restore it"
+        )
+    info = network.tensors[CODEBOOK]
+    if info.shape != wanted:
+        raise CheckpointError(
+            f"{where}: tensor {info.name} is {list(info.shape)}, vq_config asks for {list(wanted)}; they must agree, "
+            "restore the folder"
+        )
+    if codes != wanted[0]:
+        raise CheckpointError(
+            f"{where}: {codes} image tokens, vq_config has {wanted[0]} codes; they must agree, use the tokenizer of "
+            "this model"
+        )
