@@ -1,9 +1,9 @@
 """Cross merge: both towers whole, joined by cross-attention in both directions (JAM-Cross, arXiv 2309.15564).
 
 Every ``every`` layers of the shallower tower, the towers exchange states through one block per direction; layers are
-paired in proportion, so depths and widths may differ. Each block ends in one scalar gate (ours, after Flamingo) that
-starts at zero: until it is trained, each tower is its parent. All other new weights are normal, keyed by (seed, tensor
-name).
+paired in proportion, or by hand as ``pairs`` lists them, so depths and widths may differ. Each block ends in one scalar
+gate (ours, after Flamingo) that starts at zero: until it is trained, each tower is its parent. All other new weights
+are normal, keyed by (seed, tensor name).
 
 ``tables: separate`` (default): a table and a head per tower. ``tables: shared``: the paper's one table and one head
 over both towers' final states; the table has the text tower's width, and the image tower reads it through a linear
@@ -201,7 +201,15 @@ def obstacles(pair: Pair, recipe: MergeRecipe) -> list[str]:
     text, image = pair.sides
     found = []
     shallow = min(text.sizes.layers, image.sizes.layers)
-    if recipe.cross.every > shallow:
+    if recipe.cross.pairs is not None:
+        last = recipe.cross.pairs[-1]  # the greatest on both sides
+        for side, layer in zip(pair.sides, last, strict=True):
+            if layer > side.sizes.layers:
+                found.append(
+                    f"cross.pairs has {list(last)} but the {side.side} parent has {side.sizes.layers} layers; give "
+                    "layers that it has"
+                )
+    elif recipe.cross.every > shallow:
         found.append(
             f"cross.every is {recipe.cross.every} but the shallower tower has {shallow} layers; lower cross.every"
         )
@@ -262,6 +270,12 @@ def _shared_jobs(pair: Pair) -> tuple[Shared, list[Job]]:
     ]
 
 
+def _exchanges(pair: Pair, recipe: MergeRecipe) -> list[list[int]]:
+    if recipe.cross.pairs is not None:
+        return [list(layers) for layers in recipe.cross.pairs]
+    return exchanges(pair.text.sizes.layers, pair.image.sizes.layers, recipe.cross.every)
+
+
 def _config(pair: Pair, recipe: MergeRecipe) -> dict:
     (text, image), vocabulary = pair.sides, pair.union.vocabulary
     return {
@@ -269,7 +283,7 @@ def _config(pair: Pair, recipe: MergeRecipe) -> dict:
         "model_type": "jam_cross",
         "text_config": single_table_config(text, vocabulary, recipe.dtype),
         "image_config": single_table_config(image, vocabulary, recipe.dtype),
-        "exchanges": exchanges(text.sizes.layers, image.sizes.layers, recipe.cross.every),
+        "exchanges": _exchanges(pair, recipe),
         "tables": recipe.cross.tables,
         "ffn_ratio": recipe.cross.ffn_ratio,
         "vocabulary": vocabulary.to_json(),

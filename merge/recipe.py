@@ -4,6 +4,7 @@ One section per method; a section of another method than the chosen one may only
 that is silently ignored is worse than an error. Reads no checkpoint: what the parents allow is the plan's matter.
 """
 
+import itertools
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -12,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from jam.recipe import Pattern, Recipe, Section
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+LayersDone = Annotated[int, Field(ge=1)]
 
 
 class WeightRule(Section):
@@ -58,6 +60,11 @@ class CrossSection(Section):
     """Two towers that exchange states through gated cross-attention."""
 
     every: int = Field(2, ge=1, description="layers of the shallower tower between two exchanges, 1 or more")
+    pairs: list[tuple[LayersDone, LayersDone]] | None = Field(
+        None,
+        description="exchanges by hand, in order: [text layer, image layer], counts of layers done from 1; null pairs "
+        "them in proportion, as every says",
+    )
     tables: Literal["separate", "shared"] = Field(
         "separate",
         description="separate: a token table and a head per tower, which keeps both parents' outputs at step 0; "
@@ -65,6 +72,25 @@ class CrossSection(Section):
     )
     ffn_ratio: int = Field(4, ge=1, description="width of a cross block's feed-forward layer over its tower's width")
     init_std: float = Field(0.02, gt=0.0, description="standard deviation of the new cross blocks' weights")
+
+    @model_validator(mode="after")
+    def _pairs_go_forward(self) -> "CrossSection":
+        if self.pairs is None:
+            return self
+        if self.every != type(self).model_fields["every"].default:
+            raise ValueError(
+                f"pairs are given and every is {self.every}, which they would ignore; required: one of the two; remove "
+                "every or pairs"
+            )
+        if not self.pairs:
+            raise ValueError("pairs is an empty list; one pair or more are required, or null")
+        for before, after in itertools.pairwise(self.pairs):
+            if not (before[0] < after[0] and before[1] < after[1]):
+                raise ValueError(
+                    f"pair {list(after)} follows {list(before)}; layers must grow from pair to pair on both sides, "
+                    "mend the list"
+                )
+        return self
 
 
 class MergeRecipe(Recipe):
@@ -86,6 +112,8 @@ class MergeRecipe(Recipe):
         "t": "uniform.weight",
         "random_seed": "seed",
         "cross_every": "cross.every",
+        "layer_pairs": "cross.pairs",
+        "exchanges": "cross.pairs",
     }
 
     kind: Literal["merge"] = Field("merge", description="the schema that this file follows")
