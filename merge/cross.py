@@ -10,13 +10,13 @@ over both towers' final states; the table has the text tower's width, and the im
 map fitted by least squares on the rows that both parents own. Sharing gives up the promise about the image parent.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from jam.models.family import HEAD
+from merge.philox import words
 from merge.plan import Copy, Job, Parent, Plan, Source, single_table_config, token_ids
 from merge.recipe import MergeRecipe
 from merge.rows import MEAN, Table, describe, tower_labels, tower_map
@@ -101,14 +101,9 @@ class Normal:
         return ()
 
     def rows(self, block: slice) -> np.ndarray:
-        key = np.frombuffer(hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()[:16], "<u8")
-        words = 3  # 64-bit words for one number
-        first, count = block.start * self.shape[1] * words, (block.stop - block.start) * self.shape[1] * words
-        generator = np.random.Philox(key=key)
-        generator.advance(first // 4)  # one counter step gives four words
-        skip = first % 4
-        drawn = np.asarray(generator.random_raw(skip + count)[skip:], "<u8")
-        total = drawn.view("<u2").reshape(-1, 4 * words).sum(axis=1, dtype=np.int64)
+        width = 3 * self.shape[1]  # 64-bit words for a row: three a number
+        drawn = words(self.seed, self.name, block.start * width, (block.stop - block.start) * width)
+        total = drawn.view("<u2").reshape(-1, 12).sum(axis=1, dtype=np.int64)
         centred = (2 * total - 12 * 65535) / (2 * np.sqrt(np.float64(2**32 - 1)))  # variance 12 (65536^2 - 1) / 12
         return (centred * self.std).astype(np.float32).reshape(-1, self.shape[1])
 
