@@ -24,7 +24,7 @@ class WeightRule(Section):
 
 
 class UniformSection(Section):
-    """Weighted mean of two parents of the same shape."""
+    """Weighted mean of two parents of the same shape, or another rule for relatives."""
 
     weight: Share | list[Share] = Field(
         0.5,
@@ -34,6 +34,34 @@ class UniformSection(Section):
     rules: list[WeightRule] = Field(
         [], description="tensors with a share of their own; of several that match, the first counts"
     )
+
+    rule: Literal["linear", "slerp", "task_arithmetic", "ties", "dare"] = Field(
+        "linear",
+        description="linear is the mean; the others are for parents trained from one ancestor: slerp, or what the "
+        "parents learnt since added to it, whole (task_arithmetic), its greatest part (ties) or a random part (dare)",
+    )
+    base: Path | None = Field(None, description="folder of the ancestor: task_arithmetic, ties and dare")
+    density: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None, description="share of what a parent learnt that is kept, above 0 to 1: ties (0.2 in the paper) and dare"
+    )
+    scale: float = Field(
+        1.0, gt=0.0, description="factor of what the parents learnt, weighted: task_arithmetic, ties and dare"
+    )
+
+    @model_validator(mode="after")
+    def _what_the_rule_reads(self) -> "UniformSection":
+        reads = {"task_arithmetic": ("base",), "ties": ("base", "density"), "dare": ("base", "density")}
+        for key in ("base", "density"):
+            needed, given = key in reads.get(self.rule, ()), getattr(self, key) is not None
+            if needed and not given:
+                raise ValueError(
+                    f"rule {self.rule} without {key}; required: {type(self).model_fields[key].description}"
+                )
+            if given and not needed:
+                raise ValueError(f"{key} is given but rule is {self.rule}, which would ignore it; remove {key}")
+        if self.scale != 1.0 and self.rule not in reads:
+            raise ValueError(f"scale is given but rule is {self.rule}, which would ignore it; remove scale")
+        return self
 
     @field_validator("weight")
     @classmethod
@@ -113,6 +141,7 @@ class MergeRecipe(Recipe):
         "random_seed": "seed",
         "cross_every": "cross.every",
         "layer_pairs": "cross.pairs",
+        "lambda": "uniform.scale",
         "exchanges": "cross.pairs",
     }
 
@@ -124,7 +153,7 @@ class MergeRecipe(Recipe):
     image: Path | None = Field(None, description="folder of the image parent; null is the shipped mini image model")
     out: Path = Field(description="folder to write, which must not exist or be empty")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="type of the written tensors")
-    seed: int = Field(0, ge=0, description="seed of newly made weights (cross blocks)")
+    seed: int = Field(0, ge=0, description="seed of newly made weights (cross blocks) and of what dare draws")
     uniform: UniformSection = Field(UniformSection(), description="choices of the uniform method")
     width: WidthSection = Field(WidthSection(), description="choices of the width method")
     cross: CrossSection = Field(CrossSection(), description="choices of the cross method")

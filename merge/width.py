@@ -20,7 +20,8 @@ from jam.models.family import HEAD, Axes
 from merge.plan import Job, Parent, Plan, Rule, Source, single_table_config
 from merge.recipe import MergeRecipe
 from merge.rows import ZERO, Table, describe, half_map
-from merge.uniform import Average, mean, single_network_obstacles
+from merge.rules import mean
+from merge.uniform import Average, single_network_obstacles
 from merge.union import Pair, joint_jam_file
 
 Segment = tuple[Parent, int, int]  # rows start to stop of one parent's tensor
