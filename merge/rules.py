@@ -184,7 +184,7 @@ class TaskVectors:
 
     def _least(self, side: Reader) -> np.float32:
         count = self.shape[0] if self.shared is None else int(self.shared.sum())
-        keep = round(self.density * count * prod(self.shape[1:]))
+        keep = int(self.density * (count * prod(self.shape[1:])))
 
         def magnitudes() -> Iterator[np.ndarray]:
             for block in row_blocks(self.shape, PASS):

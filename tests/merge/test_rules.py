@@ -65,7 +65,7 @@ def ties(a: np.ndarray, b: np.ndarray, base: np.ndarray, density: float, scale: 
     base = base.astype(np.float64)
     vectors = [a - base, b - base]
     for vector in vectors:
-        keep = round(density * vector.size)
+        keep = int(density * vector.size)
         vector[np.abs(vector) < np.sort(np.abs(vector).ravel())[-keep]] = 0.0
     result = np.zeros(base.shape)
     for at in np.ndindex(base.shape):
