@@ -77,6 +77,11 @@ class WidthSection(Section):
     off_diagonal: Literal["copy", "average", "zero"] = Field(
         "copy", description="blocks that join one parent's features to the other's: copy, average or zero"
     )
+    calibration: Path | None = Field(
+        None,
+        description="a file of jam calibrate for these parents: factors that undo on average what one norm over both "
+        "halves does to each; null leaves the norms as they are",
+    )
     qk_norm: Literal["equal", "average"] = Field(
         "equal",
         description="norms of queries and keys that all heads share: equal refuses parents whose norms differ; average "
