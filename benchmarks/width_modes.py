@@ -5,7 +5,7 @@ and without the calibration, and evaluated on held-out data: nats per text token
 restricted softmax. The calibration has read other documents of the validation split, or the same; those of the test
 split neither it nor training has seen.
 
-    python -m benchmarks.width_modes            # about four minutes on one core
+    python -m benchmarks.width_modes            # about five minutes of one core
     python -m benchmarks.width_modes --quick    # few documents (a minute)
 """
 
