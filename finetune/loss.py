@@ -17,7 +17,7 @@ from jam.errors import RunError
 from jam.models.cross import JamCrossForCausalLM
 from jam.models.families import FAMILIES
 from jam.models.load import Bundle, Softmax
-from jam.models.masks import mask_for
+from jam.models.masks import masks_for
 from jam.models.span_head import owned_slices
 from jam.models.tower import capped
 from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD
@@ -113,7 +113,7 @@ class TokenLoss(nn.Module):
         if self.cross:
             states = self.model.states(batch.ids, batch.mask, batch.positions)
         else:
-            mask = mask_for(self.model.config, batch.mask, self.model.dtype, None, batch.ids.shape[1])
+            mask = masks_for(self.model.config, batch.mask, self.model.dtype, None, batch.ids.shape[1])
             inputs = {"input_ids": batch.ids, "attention_mask": mask, "position_ids": batch.positions}
             states = [self.model.base_model(**inputs, use_cache=False).last_hidden_state]
         return [state.flatten(0, 1) for state in states]

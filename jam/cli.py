@@ -129,6 +129,23 @@ def merge(
 
 
 @app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="File to write, for the recipe's width.calibration.")],
+    text: Annotated[Path | None, typer.Option(help="Text parent; default: the shipped mini one.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image parent; default: the shipped mini one.")] = None,
+    texts: Annotated[Path | None, typer.Option(help='Lines {"text"}; default: the shipped validation texts.')] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help='Lines {"image", "caption"}; default: the shipped validation images.')
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="About so many tokens are read, half of each kind.")] = 20_000,
+) -> None:
+    """Measure what one norm over two parents does to each, for a width merge that undoes it on average."""
+    from jam.calibrate import run_calibrate
+
+    run_calibrate(text, image, out=out, texts=texts, captions=captions, tokens=tokens)
+
+
+@app.command()
 def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train a model on text and images; run again to go on.
 

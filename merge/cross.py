@@ -1,22 +1,22 @@
 """Cross merge: both towers whole, joined by cross-attention in both directions (JAM-Cross, arXiv 2309.15564).
 
 Every ``every`` layers of the shallower tower, the towers exchange states through one block per direction; layers are
-paired in proportion, so depths and widths may differ. Each block ends in one scalar gate (ours, after Flamingo) that
-starts at zero: until it is trained, each tower is its parent. All other new weights are normal, keyed by (seed, tensor
-name).
+paired in proportion, or by hand as ``pairs`` lists them, so depths and widths may differ. Each block ends in one scalar
+gate (ours, after Flamingo) that starts at zero: until it is trained, each tower is its parent. All other new weights
+are normal, keyed by (seed, tensor name).
 
 ``tables: separate`` (default): a table and a head per tower. ``tables: shared``: the paper's one table and one head
 over both towers' final states; the table has the text tower's width, and the image tower reads it through a linear
 map fitted by least squares on the rows that both parents own. Sharing gives up the promise about the image parent.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from jam.models.family import HEAD
+from merge.philox import words
 from merge.plan import Copy, Job, Parent, Plan, Source, single_table_config, token_ids
 from merge.recipe import MergeRecipe
 from merge.rows import MEAN, Table, describe, tower_labels, tower_map
@@ -101,14 +101,9 @@ class Normal:
         return ()
 
     def rows(self, block: slice) -> np.ndarray:
-        key = np.frombuffer(hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()[:16], "<u8")
-        words = 3  # 64-bit words for one number
-        first, count = block.start * self.shape[1] * words, (block.stop - block.start) * self.shape[1] * words
-        generator = np.random.Philox(key=key)
-        generator.advance(first // 4)  # one counter step gives four words
-        skip = first % 4
-        drawn = np.asarray(generator.random_raw(skip + count)[skip:], "<u8")
-        total = drawn.view("<u2").reshape(-1, 4 * words).sum(axis=1, dtype=np.int64)
+        width = 3 * self.shape[1]  # 64-bit words for a row: three a number
+        drawn = words(self.seed, self.name, block.start * width, (block.stop - block.start) * width)
+        total = drawn.view("<u2").reshape(-1, 12).sum(axis=1, dtype=np.int64)
         centred = (2 * total - 12 * 65535) / (2 * np.sqrt(np.float64(2**32 - 1)))  # variance 12 (65536^2 - 1) / 12
         return (centred * self.std).astype(np.float32).reshape(-1, self.shape[1])
 
@@ -201,7 +196,15 @@ def obstacles(pair: Pair, recipe: MergeRecipe) -> list[str]:
     text, image = pair.sides
     found = []
     shallow = min(text.sizes.layers, image.sizes.layers)
-    if recipe.cross.every > shallow:
+    if recipe.cross.pairs is not None:
+        last = recipe.cross.pairs[-1]  # the greatest on both sides
+        for side, layer in zip(pair.sides, last, strict=True):
+            if layer > side.sizes.layers:
+                found.append(
+                    f"cross.pairs has {list(last)} but the {side.side} parent has {side.sizes.layers} layers; give "
+                    "layers that it has"
+                )
+    elif recipe.cross.every > shallow:
         found.append(
             f"cross.every is {recipe.cross.every} but the shallower tower has {shallow} layers; lower cross.every"
         )
@@ -267,6 +270,12 @@ def _shared_jobs(pair: Pair) -> tuple[Shared, list[Job]]:
     ]
 
 
+def _exchanges(pair: Pair, recipe: MergeRecipe) -> list[list[int]]:
+    if recipe.cross.pairs is not None:
+        return [list(layers) for layers in recipe.cross.pairs]
+    return exchanges(pair.text.sizes.layers, pair.image.sizes.layers, recipe.cross.every)
+
+
 def _config(pair: Pair, recipe: MergeRecipe) -> dict:
     (text, image), vocabulary = pair.sides, pair.union.vocabulary
     return {
@@ -274,7 +283,7 @@ def _config(pair: Pair, recipe: MergeRecipe) -> dict:
         "model_type": "jam_cross",
         "text_config": single_table_config(text, vocabulary, recipe.dtype),
         "image_config": single_table_config(image, vocabulary, recipe.dtype),
-        "exchanges": exchanges(text.sizes.layers, image.sizes.layers, recipe.cross.every),
+        "exchanges": _exchanges(pair, recipe),
         "tables": recipe.cross.tables,
         "ffn_ratio": recipe.cross.ffn_ratio,
         "vocabulary": vocabulary.to_json(),

@@ -4,6 +4,7 @@ One section per method; a section of another method than the chosen one may only
 that is silently ignored is worse than an error. Reads no checkpoint: what the parents allow is the plan's matter.
 """
 
+import itertools
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -12,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from jam.recipe import Pattern, Recipe, Section
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+LayersDone = Annotated[int, Field(ge=1)]
 
 
 class WeightRule(Section):
@@ -22,7 +24,7 @@ class WeightRule(Section):
 
 
 class UniformSection(Section):
-    """Weighted mean of two parents of the same shape."""
+    """Weighted mean of two parents of the same shape, or another rule for relatives."""
 
     weight: Share | list[Share] = Field(
         0.5,
@@ -32,6 +34,34 @@ class UniformSection(Section):
     rules: list[WeightRule] = Field(
         [], description="tensors with a share of their own; of several that match, the first counts"
     )
+
+    rule: Literal["linear", "slerp", "task_arithmetic", "ties", "dare"] = Field(
+        "linear",
+        description="linear is the mean; the others are for parents trained from one ancestor: slerp, or what the "
+        "parents learnt since added to it, whole (task_arithmetic), its greatest part (ties) or a random part (dare)",
+    )
+    base: Path | None = Field(None, description="folder of the ancestor: task_arithmetic, ties and dare")
+    density: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None, description="share of what a parent learnt that is kept, above 0 to 1: ties (0.2 in the paper) and dare"
+    )
+    scale: float = Field(
+        1.0, gt=0.0, description="factor of what the parents learnt, weighted: task_arithmetic, ties and dare"
+    )
+
+    @model_validator(mode="after")
+    def _what_the_rule_reads(self) -> "UniformSection":
+        reads = {"task_arithmetic": ("base",), "ties": ("base", "density"), "dare": ("base", "density")}
+        for key in ("base", "density"):
+            needed, given = key in reads.get(self.rule, ()), getattr(self, key) is not None
+            if needed and not given:
+                raise ValueError(
+                    f"rule {self.rule} without {key}; required: {type(self).model_fields[key].description}"
+                )
+            if given and not needed:
+                raise ValueError(f"{key} is given but rule is {self.rule}, which would ignore it; remove {key}")
+        if self.scale != 1.0 and self.rule not in reads:
+            raise ValueError(f"scale is given but rule is {self.rule}, which would ignore it; remove scale")
+        return self
 
     @field_validator("weight")
     @classmethod
@@ -47,6 +77,11 @@ class WidthSection(Section):
     off_diagonal: Literal["copy", "average", "zero"] = Field(
         "copy", description="blocks that join one parent's features to the other's: copy, average or zero"
     )
+    calibration: Path | None = Field(
+        None,
+        description="a file of jam calibrate for these parents: factors that undo on average what one norm over both "
+        "halves does to each; null leaves the norms as they are",
+    )
     qk_norm: Literal["equal", "average"] = Field(
         "equal",
         description="norms of queries and keys that all heads share: equal refuses parents whose norms differ; average "
@@ -58,6 +93,11 @@ class CrossSection(Section):
     """Two towers that exchange states through gated cross-attention."""
 
     every: int = Field(2, ge=1, description="layers of the shallower tower between two exchanges, 1 or more")
+    pairs: list[tuple[LayersDone, LayersDone]] | None = Field(
+        None,
+        description="exchanges by hand, in order: [text layer, image layer], counts of layers done from 1; null pairs "
+        "them in proportion, as every says",
+    )
     tables: Literal["separate", "shared"] = Field(
         "separate",
         description="separate: a token table and a head per tower, which keeps both parents' outputs at step 0; "
@@ -65,6 +105,25 @@ class CrossSection(Section):
     )
     ffn_ratio: int = Field(4, ge=1, description="width of a cross block's feed-forward layer over its tower's width")
     init_std: float = Field(0.02, gt=0.0, description="standard deviation of the new cross blocks' weights")
+
+    @model_validator(mode="after")
+    def _pairs_go_forward(self) -> "CrossSection":
+        if self.pairs is None:
+            return self
+        if self.every != type(self).model_fields["every"].default:
+            raise ValueError(
+                f"pairs are given and every is {self.every}, which they would ignore; required: one of the two; remove "
+                "every or pairs"
+            )
+        if not self.pairs:
+            raise ValueError("pairs is an empty list; one pair or more are required, or null")
+        for before, after in itertools.pairwise(self.pairs):
+            if not (before[0] < after[0] and before[1] < after[1]):
+                raise ValueError(
+                    f"pair {list(after)} follows {list(before)}; layers must grow from pair to pair on both sides, "
+                    "mend the list"
+                )
+        return self
 
 
 class MergeRecipe(Recipe):
@@ -86,6 +145,9 @@ class MergeRecipe(Recipe):
         "t": "uniform.weight",
         "random_seed": "seed",
         "cross_every": "cross.every",
+        "layer_pairs": "cross.pairs",
+        "lambda": "uniform.scale",
+        "exchanges": "cross.pairs",
     }
 
     kind: Literal["merge"] = Field("merge", description="the schema that this file follows")
@@ -101,7 +163,7 @@ class MergeRecipe(Recipe):
     )
     out: Path = Field(description="folder to write, which must not exist or be empty")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="type of the written tensors")
-    seed: int = Field(0, ge=0, description="seed of newly made weights (cross blocks)")
+    seed: int = Field(0, ge=0, description="seed of newly made weights (cross blocks) and of what dare draws")
     uniform: UniformSection = Field(UniformSection(), description="choices of the uniform method")
     width: WidthSection = Field(WidthSection(), description="choices of the width method")
     cross: CrossSection = Field(CrossSection(), description="choices of the cross method")

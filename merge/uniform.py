@@ -2,35 +2,25 @@
 
 A vocabulary row is averaged when both parents know the id, and copied when one does. The result is a checkpoint of the
 parents' own class. Computes in float32; does not align the parents (permutations, scales) before averaging.
+
+For parents trained from one ancestor, ``rule`` names another way than the mean (``merge.rules``). It applies to the
+rows that all of them own; what one or two own stays as above.
 """
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from jam.errors import MergeError
 from jam.models.family import HEAD
 from jam.models.traits import trait
-from merge.plan import Copy, Job, Parent, Plan, Rule, Source, single_table_config
+from merge.plan import Copy, Job, Parent, Plan, Rule, Source, read_parent, single_table_config
 from merge.recipe import MergeRecipe, UniformSection
 from merge.rows import MEAN, Table, describe
-from merge.union import NONE, Pair, Rows, joint_jam_file
-
-
-def mean(first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
-    """``weight * first + (1 - weight) * second`` in float32; equal entries stay bit-equal under any weight (at one half
-    down to 2^-148, twice float32's smallest number).
-
-    >>> mean(np.float32([1.0, 3.0]), np.float32([3.0, 3.0]), 0.25).tolist()
-    [2.5, 3.0]
-    """
-    if weight in (0.0, 1.0):
-        return first if weight else second
-    result = np.float32(weight) * first
-    result += np.float32(1.0 - weight) * second
-    if weight != 0.5:  # two halves make a whole; other shares round
-        np.copyto(result, first, where=first == second)
-    return result
+from merge.rules import Reader, Slerp, TaskVectors, Whole, mean
+from merge.union import NONE, Pair, Rows, joint_jam_file, one_tokenizer
 
 
 @dataclass(frozen=True)
@@ -82,6 +72,29 @@ class AverageRows:
         taken = self.taken[block][:, None]
         both = mean(text, image, self.weight)
         return np.where(taken == IMAGE_ALONE, image, np.where(taken == TEXT_ALONE, text, both))
+
+
+@dataclass(frozen=True)
+class RuleRows:
+    """A table: rows ``shared`` bool [V] by a rule, the others as ``rest`` has them."""
+
+    rule: Slerp | TaskVectors
+    rest: AverageRows
+    shared: np.ndarray
+
+    @property
+    def fate(self) -> str:
+        return f"shared rows by {self.rule.fate}; others: {self.rest.fate}"
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return self.rule.sources
+
+    def rows(self, block: slice) -> np.ndarray:
+        shared = self.shared[block]
+        if shared.all():
+            return self.rule.rows(block)
+        return np.where(shared[:, None], self.rule.rows(block), self.rest.rows(block))
 
 
 def takers(pair: Pair) -> np.ndarray:
@@ -156,26 +169,108 @@ def share(section: UniformSection, name: str, layers: int, first: bool) -> float
     return float(np.interp(at * (len(weight) - 1), range(len(weight)), weight))
 
 
+def read_base(pair: Pair, folder: Path) -> Parent:
+    """The parents' ancestor.
+
+    Raises:
+        CheckpointError: a damaged folder, as for a parent.
+        MergeError: another family or other shapes than the parents', or ids that are not the joint ones.
+    """
+    base, image = read_parent(folder, "base"), pair.image
+    if base.family.model_type != image.family.model_type:
+        raise MergeError(
+            f"uniform.base {folder}: a {base.family.model_type} model, the parents are {image.family.model_type}; "
+            "their common ancestor is required, give its folder"
+        )
+    for name, axes in (image.axes | base.axes).items():
+        if axes[0] == "vocab":
+            continue
+        found, wanted = (list(side.shape(name)) if name in side.axes else "missing" for side in (base, image))
+        if found != wanted:
+            raise MergeError(
+                f"uniform.base {folder}: tensor {name} is {found}, in the parents {wanted}; their common ancestor is "
+                "required, give its folder"
+            )
+    owner = image if pair.union.same else pair.text
+    if base.sizes.model != image.sizes.model or not one_tokenizer(base, owner):
+        raise MergeError(
+            f"uniform.base {folder}: its width, ids or tokenizer are not those of the {owner.side} parent, which the "
+            "result keeps; the common ancestor with the same ids is required, give its folder"
+        )
+    return base
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How this merge combines what both parents have: the recipe's rule, and the ancestor if the rule reads one."""
+
+    pair: Pair
+    section: UniformSection
+    seed: int
+    base: Parent | None
+
+    def rule(self, name: str, shape: tuple[int, ...], weight: float) -> Rule:
+        """The rule of a tensor without vocabulary rows."""
+        sides = (self.pair.text, self.pair.image)
+        if weight in (0.0, 1.0) and self.section.rule in ("linear", "slerp"):
+            return Copy(sides[0] if weight else sides[1], name)
+        if self.section.rule == "linear":
+            return Average(*sides, name, weight)
+        readers = [Whole(side, name) for side in (*sides, self.base) if side is not None]
+        return self._combined(name, shape, weight, readers, None)
+
+    def table(self, name: str, shape: tuple[int, ...], weight: float, taken: np.ndarray) -> Rule:
+        """The rule of a table or head."""
+        union = self.pair.union
+        tables = [
+            whole_table(side, side.head if name == HEAD else side.family.embed, rows)
+            for side, rows in zip(self.pair.sides, (union.text, union.image), strict=True)
+        ]
+        rest = AverageRows(*tables, taken, weight)
+        if self.section.rule == "linear":
+            return rest
+        if self.base is not None:
+            tensor = self.base.head if name == HEAD else self.base.family.embed
+            tables.append(whole_table(self.base, tensor, Rows.same(self.base.vocabulary, shape[0])))
+        shared = self.shared()
+        return RuleRows(self._combined(name, shape, weight, tables, shared), rest, shared)
+
+    def shared(self) -> np.ndarray:
+        """bool [V]: the ids that all own."""
+        union = self.pair.union
+        found = union.text.known & union.image.known
+        return found if self.base is None else found & Rows.same(self.base.vocabulary, len(found)).known
+
+    def _combined(
+        self, name: str, shape: tuple[int, ...], weight: float, readers: list[Reader], shared: np.ndarray | None
+    ) -> Slerp | TaskVectors:
+        section = self.section
+        if section.rule == "slerp":
+            return Slerp(*readers, shape, weight, shared)
+        density = 1.0 if section.density is None else section.density
+        return TaskVectors(section.rule, *readers, name, shape, weight, section.scale, density, self.seed, shared)
+
+
 def plan(pair: Pair, recipe: MergeRecipe) -> Plan:
-    """The jobs of a uniform merge; the parents must have no ``obstacles``."""
+    """The jobs of a uniform merge; the parents must have no ``obstacles``.
+
+    Raises:
+        CheckpointError, MergeError: the ancestor that the recipe names is damaged or none of these parents'.
+    """
     text, image, union, section = pair.text, pair.image, pair.union, recipe.uniform
     tied = text.sizes.tied and image.sizes.tied
     config = single_table_config(image, union.vocabulary, recipe.dtype, tie_word_embeddings=tied)
     config["max_position_embeddings"] = min(text.sizes.positions, image.sizes.positions)
     sizes, taken = image.family.sizes(config), takers(pair)
-    jobs = []
+    base = None if section.base is None else read_base(pair, section.base)
+    combination, jobs = Combination(pair, section, recipe.seed, base), []
     for name, axes in image.family.tensors(config).items():
-        rule: Rule
-        weight = share(section, name, sizes.layers, first="embed" in name)
+        weight, shape = share(section, name, sizes.layers, first="embed" in name), image.family.shape(sizes, axes)
         if axes[0] == "vocab":
-            tensors = [side.head if name == HEAD else side.family.embed for side in (text, image)]
-            tables = (whole_table(text, tensors[0], union.text), whole_table(image, tensors[1], union.image))
-            rule = AverageRows(*tables, taken, weight)
-        elif weight in (0.0, 1.0):
-            rule = Copy(text if weight else image, name)
+            rule = combination.table(name, shape, weight, taken)
         else:
-            rule = Average(text, image, name, weight)
-        jobs.append(Job(name, image.family.shape(sizes, axes), rule))
+            rule = combination.rule(name, shape, weight)
+        jobs.append(Job(name, shape, rule))
     notes = []
     if text.sizes.tied != image.sizes.tied:
         notes.append(
@@ -184,18 +279,29 @@ def plan(pair: Pair, recipe: MergeRecipe) -> Plan:
     if section.weight in (0.0, 1.0) and not section.rules:
         whose = "text" if section.weight else "image"
         notes.append(f"weight {section.weight:g} takes every shared tensor from the {whose} parent alone")
+    by_rule = "the weighted mean of the parents"
+    labels = [_FATES[which] for which in taken.tolist()]
+    figures = {"weight": section.weight, "rules": [rule.model_dump() for rule in section.rules]}
+    if section.rule != "linear":
+        by_rule = f"made of the parents by {section.rule}"
+        notes.append(
+            f"{section.rule} supposes parents that were trained from one ancestor; whether they were is not seen"
+        )
+        labels = [section.rule if at else label for at, label in zip(combination.shared(), labels, strict=True)]
+        figures |= {"rule": section.rule, "scale": section.scale, "density": section.density}
+    if base is not None:
+        figures["base"] = {"folder": base.path.name, "identity": base.checkpoint.identity()}
     preserves = (
-        "every tensor is the weighted mean of the parents, a row that one parent owns alone is that parent's; "
+        f"every tensor is {by_rule}, a row that one parent owns alone is that parent's; "
         "nothing of either parent's function is promised before training"
     )
-    table = describe([_FATES[which] for which in taken.tolist()])
     return Plan(
         "uniform",
         tuple(jobs),
         config,
         joint_jam_file(pair, "uniform"),
         preserves,
-        {"input and head": table},
+        {"input and head": describe(labels)},
         tuple(notes),
-        {"weight": section.weight, "rules": [rule.model_dump() for rule in section.rules]},
+        figures,
     )

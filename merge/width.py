@@ -8,19 +8,24 @@ the parents, the off-diagonal ones, through which one parent's units read the ot
     zero     [[A, 0], [0, B]]     the halves meet only in the norms and in the head
 
 The result is a checkpoint of the parents' own class. Head rows are concatenated too, so its logits are the sum of the
-parents'. What no block layout can keep: one norm over the doubled width mixes the statistics of both halves.
+parents'. What no block layout can keep: one norm over the doubled width mixes the statistics of both halves. With
+``calibration`` each half of a norm's weights is multiplied by a factor that was measured to undo this on average; where
+the norms have no weights (CM3Leon), the columns that read them are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from jam.errors import MergeError
 from jam.models.family import HEAD, Axes
+from merge.calibration import Calibration, Half, norm_names, read_calibration
 from merge.plan import Job, Parent, Plan, Rule, Source, single_table_config
 from merge.recipe import MergeRecipe
 from merge.rows import ZERO, Table, describe, half_map
-from merge.uniform import Average, mean, single_network_obstacles
+from merge.rules import mean
+from merge.uniform import Average, single_network_obstacles
 from merge.union import Pair, joint_jam_file
 
 Segment = tuple[Parent, int, int]  # rows start to stop of one parent's tensor
@@ -50,17 +55,20 @@ def cut(pieces: tuple[Segment, ...], block: slice) -> Iterator[tuple[Parent, sli
 
 @dataclass(frozen=True)
 class Blocks:
-    """A matrix of four blocks: the parents on the diagonal, ``off_diagonal`` beside them."""
+    """A matrix of four blocks: the parents on the diagonal, ``off_diagonal`` beside them; columns that read the text
+    half and the image half times ``columns``."""
 
     text: Parent
     image: Parent
     tensor: str
     off_diagonal: str
     pieces: tuple[Segment, ...]
+    columns: tuple[float, float] = (1.0, 1.0)
 
     @property
     def fate(self) -> str:
-        return f"text and image {self.tensor} on the diagonal, {self.off_diagonal} beside them"
+        blocks = f"text and image {self.tensor} on the diagonal, {self.off_diagonal} beside them"
+        return blocks + _times(self.columns, "columns ")
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -79,7 +87,13 @@ class Blocks:
         else:
             beside = mean(diagonal, other.checkpoint.read(self.tensor, rows), 0.5)
         pair = (diagonal, beside) if own is self.text else (beside, diagonal)
+        if self.columns != (1.0, 1.0):
+            pair = tuple(half * np.float32(factor) for half, factor in zip(pair, self.columns, strict=True))
         return np.concatenate(pair, axis=1)
+
+
+def _times(factors: tuple[float, float], what: str = "") -> str:
+    return "" if factors == (1.0, 1.0) else f", {what}times {factors[0]:.6g} and {factors[1]:.6g}"
 
 
 @dataclass(frozen=True)
@@ -102,6 +116,40 @@ class Ends:
 
 
 @dataclass(frozen=True)
+class CalibratedNorm:
+    """A norm's weight or bias end to end, corrected: a half's ``factor * y + offset`` goes through its weight and bias.
+
+    ``around_one``: the norm multiplies by one plus its weight.
+    """
+
+    ends: Ends
+    halves: Mapping[str, Half]
+    around_one: bool
+
+    @property
+    def fate(self) -> str:
+        if self.ends.tensor.endswith(".bias"):
+            offsets = " and ".join(f"{half.offset:.6g}" for half in self.halves.values())
+            return f"{self.ends.fate}, plus {offsets} times the weight"
+        return self.ends.fate + _times((self.halves["text"].factor, self.halves["image"].factor))
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return self.ends.sources
+
+    def rows(self, block: slice) -> np.ndarray:
+        return np.concatenate([self._half(side, rows) for side, rows in cut(self.ends.pieces, block)])
+
+    def _half(self, side: Parent, rows: slice) -> np.ndarray:
+        stored, half = side.checkpoint.read(self.ends.tensor, rows), self.halves[side.side]
+        if self.ends.tensor.endswith(".bias"):
+            weight = side.checkpoint.read(self.ends.tensor.removesuffix("bias") + "weight", rows)
+            return stored + np.float32(half.offset) * weight
+        one = np.float32(self.around_one)
+        return np.float32(half.factor) * (one + stored) - one
+
+
+@dataclass(frozen=True)
 class SideBySide:
     """A table: each row is the text parent's row followed by the image parent's, times ``scales``."""
 
@@ -111,7 +159,7 @@ class SideBySide:
 
     @property
     def fate(self) -> str:
-        scaled = "" if self.scales == (1.0, 1.0) else f", times {self.scales[0]:.6g} and {self.scales[1]:.6g}"
+        scaled = _times(self.scales)
         return f"rows of text {self.text.tensor} and image {self.image.tensor} side by side{scaled}"
 
     @property
@@ -200,11 +248,29 @@ def _embedding_scales(text: Parent, image: Parent) -> tuple[float, float]:
     return (text.sizes.model / both) ** 0.5, (image.sizes.model / both) ** 0.5
 
 
-def _config(pair: Pair, recipe: MergeRecipe) -> dict:
+def _folded(pair: Pair, calibration: Calibration | None) -> dict[str, tuple[float, float]]:
+    """Tensors whose columns take the factors of a norm that has no weights of its own."""
+    if calibration is None:
+        return {}
+    found = {}
+    for norm, readers in norm_names(pair.image).items():
+        if f"{norm}.weight" in pair.image.axes:
+            continue
+        if not readers:
+            raise MergeError(
+                f"width.calibration: norm {norm} has no weights and what reads it is not known; merge without "
+                "calibration"
+            )
+        found |= dict.fromkeys(readers, calibration.factors(norm))
+    return found
+
+
+def _config(pair: Pair, recipe: MergeRecipe, own_head: bool) -> dict:
+    """``own_head``: the head differs from the table by more than its place."""
     text, image = pair.sides
     ours, theirs = text.sizes, image.sizes
     # a head that is a scaled table cannot undo the scale that both halves enter with
-    tied = ours.tied and theirs.tied and not text.family.scaled_embeddings
+    tied = ours.tied and theirs.tied and not text.family.scaled_embeddings and not own_head
     config = single_table_config(image, pair.union.vocabulary, recipe.dtype, tie_word_embeddings=tied)
     for name in ("heads", "model", "ffn"):
         config[image.family.keys[name]] = getattr(ours, name) + getattr(theirs, name)
@@ -221,7 +287,9 @@ def _config(pair: Pair, recipe: MergeRecipe) -> dict:
 def plan(pair: Pair, recipe: MergeRecipe) -> Plan:
     """The jobs of a width merge; the parents must have no ``obstacles``."""
     text, image, union, mode = pair.text, pair.image, pair.union, recipe.width.off_diagonal
-    config = _config(pair, recipe)
+    calibration = None if recipe.width.calibration is None else read_calibration(recipe.width.calibration, pair)
+    folded = _folded(pair, calibration)
+    config = _config(pair, recipe, own_head=HEAD in folded)
     sizes = image.family.sizes(config)
     maps = [half_map(union, side) for side in pair.sides]
     jobs = []
@@ -229,7 +297,7 @@ def plan(pair: Pair, recipe: MergeRecipe) -> Plan:
         rule: Rule
         if axes[0] == "vocab":
             tensors = [side.head if name == HEAD else side.family.embed for side in (text, image)]
-            scales = (1.0, 1.0) if name == HEAD else _embedding_scales(text, image)
+            scales = folded.get(name, (1.0, 1.0)) if name == HEAD else _embedding_scales(text, image)
             tables = [
                 Table(side, tensor, rows, union.rows(side.side))
                 for side, tensor, rows in zip(pair.sides, tensors, maps, strict=True)
@@ -240,18 +308,29 @@ def plan(pair: Pair, recipe: MergeRecipe) -> Plan:
         elif axes == ("head_dim",):
             rule = Average(text, image, name, 0.5)
         elif _joins_features(axes):
-            rule = Blocks(text, image, name, mode, segments(text, image, axes[0]))
+            columns = folded.get(name, (1.0, 1.0))
+            rule = Blocks(text, image, name, mode, segments(text, image, axes[0]), columns)
         else:
             rule = Ends(name, segments(text, image, axes[0]))
+            norm = name.rpartition(".")[0]
+            if calibration is not None and norm in calibration.norms:
+                rule = CalibratedNorm(rule, calibration.norms[norm], image.family.norms_around_one)
         jobs.append(Job(name, image.family.shape(sizes, axes), rule))
+    mixed = f"one norm over {sizes.model} features mixes the statistics of both halves, so that not even zero "
+    mixed += "off-diagonal blocks keep a parent's function exactly"
+    if calibration is not None:
+        mixed += f"; corrected on average by {calibration.path.name}, measured on {calibration.data}"
     notes = [
-        f"one norm over {sizes.model} features mixes the statistics of both halves, so that not even zero off-diagonal "
-        "blocks keep a parent's function exactly",
+        mixed,
         "head_scale 1: logits are the sum of both parents' logits (scaled by the mixed norm), hence sharper than "
         "either's where they agree; training settles it",
     ]
     if text.sizes.tied != image.sizes.tied:
         notes.append("one parent ties its head to its table and the other does not: the result is untied")
+    elif HEAD in folded and text.sizes.tied:
+        notes.append(
+            "the head takes the factors of the last norm, which has no weights: it is no longer tied to the table"
+        )
     elif text.sizes.tied and not sizes.tied:
         notes.append("rows enter times the root of the width: the table is rescaled, and the head no longer tied to it")
     if any(_shared_by_heads(name, axes) for name, axes in text.axes.items()):
@@ -260,14 +339,22 @@ def plan(pair: Pair, recipe: MergeRecipe) -> Plan:
             + ("equal in both parents" if recipe.width.qk_norm == "equal" else "qk_norm=average, doubtful")
         )
     half = {(True, True): "both halves", (True, False): "half: text", (False, True): "half: image"}
+    kept, measured = "bit for bit", {}
+    if calibration is not None:
+        kept = (
+            "bit for bit but for columns times a measured factor"
+            if folded
+            else kept + ", norms times a measured factor"
+        )
+        measured = {"calibration": {"sha256": calibration.sha256, "data": calibration.data}}
     labels = [half[a, b] for a, b in zip((maps[0] != ZERO).tolist(), (maps[1] != ZERO).tolist(), strict=True)]
     return Plan(
         "width",
         tuple(jobs),
         config,
         joint_jam_file(pair, "width"),
-        f"the diagonal blocks are the parents, bit for bit; off-diagonal blocks: {mode}",
+        f"the diagonal blocks are the parents, {kept}; off-diagonal blocks: {mode}",
         {"input and head": describe(labels)},
         tuple(notes),
-        {"off_diagonal": mode, "head_scale": 1.0, "head_dim": sizes.head_dim},
+        {"off_diagonal": mode, "head_scale": 1.0, "head_dim": sizes.head_dim} | measured,
     )

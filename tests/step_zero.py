@@ -6,8 +6,10 @@ With zero gates, float64, to 1e-9 (1e-6 where transformers rounds to float32 ins
     (b) on image and control ids, the image head's distribution is the image parent's, ids renumbered;
     (c) on a caption and an image, it is that of the image tower run alone, by transformers, on the joint ids.
 
-Run as a script, it fuses every text family with every image family, of unequal width and depth and with different
-tokenizers, saves, reloads, checks (a), (b) and (c), draws an image, and prints a table:
+Run as a script, it fuses every text family with every image family. The pairs differ in width, depth and heads; their
+tokenizers are byte-level or sentencepiece's, their heads tied or not. Each is saved, reloaded and checked for (a), (b)
+and (c); it draws an image and answers with text and an image, token by token as the loop without a cache. It prints a
+table:
 
     python -m tests.step_zero
 """
@@ -22,10 +24,12 @@ from pathlib import Path
 import torch
 
 from jam.decode.engine import SamplingOptions, generate
+from jam.decode.grammar import Kind
+from jam.decode.naive import generate_naive
 from jam.decode.stream import ReplyStream
 from jam.document import CodesPart, Document, TextPart
 from jam.models.heads import next_heads, restrict
-from jam.models.load import Bundle, load_bundle
+from jam.models.load import Bundle, load_bundle, quiet_transformers
 from jam.tokens.render import IMAGE_HEAD, render
 from merge.recipe import MergeRecipe
 from merge.run import run_merge
@@ -44,6 +48,8 @@ IMAGE = (
     "qwen2",
     "emu3_text_model",
 )  # CM3Leon, Anole, LVM, Liquid, SimpleAR, Emu3
+SENTENCEPIECE = ("llama", "mistral", "gemma", "gemma2", "gemma3_text", "phi3")  # the kind their lineages have
+SIDES = ("text", "image")
 SENTENCE = "the cat and the other one on it"
 
 
@@ -118,6 +124,15 @@ def draws(fused: Bundle) -> int:
     return sum(len(part.codes) for part in stream.reply(0).document.parts if isinstance(part, CodesPart))
 
 
+def answers(fused: Bundle) -> tuple[int, int]:
+    """Text tokens and codes of a reply with one image, which the loop without a cache gives too, token by token."""
+    prompt = [Document((TextPart("a red cat"),))]
+    options = SamplingOptions(min_images=1, max_images=1, max_tokens=24, seed=3, text_temperature=1.0, text_top_p=1.0)
+    steps = list(generate(fused, prompt, options))
+    assert [step.token for step in steps] == [step.token for step in generate_naive(fused, prompt, options)]
+    return tuple(sum(step.kind is kind for step in steps) for kind in (Kind.TEXT, Kind.CODE))
+
+
 def fuse(tmp: Path, **changes) -> tuple[Bundle, Bundle, Bundle]:
     """A merged pair of tiny parents, reloaded: fused, text parent, image parent."""
     text, image = tiny_pair(tmp, **changes)
@@ -126,16 +141,34 @@ def fuse(tmp: Path, **changes) -> tuple[Bundle, Bundle, Bundle]:
 
 
 def unequal(text: str, image: str) -> dict:
-    """Parents of unequal width and depth, and tokenizers of different lengths."""
-    return {
-        "text_family": text,
-        "image_family": image,
-        "text_num_hidden_layers": 5,
-        "image_hidden_size": 48,
-        "image_num_hidden_layers": 3,
-        "text_merges": 24,
-        "image_merges": 12,
+    """Parents that differ in width, depth, heads, tokenizer and in whether the head is the table.
+
+    Which is the deeper one and whose head is tied change from pair to pair; the tokenizer's kind is the family's.
+    """
+    row, column = TEXT.index(text), IMAGE.index(image)
+    layers = ((5, 3), (3, 6), (4, 7), (6, 4))[(row + column) % 4]
+    own = {
+        "family": (text, image),
+        "hidden_size": (32, 48),
+        "num_attention_heads": (4, 6),
+        "num_key_value_heads": (2, 3),
+        "num_hidden_layers": layers,
+        "tie_word_embeddings": ((row + column) % 2 == 0, (row // 2 + column) % 2 == 0),
+        "merges": (24, 12),
+        "sentencepiece": (text in SENTENCEPIECE, image in SENTENCEPIECE),
     }
+    return {f"{side}_{key}": values[n] for key, values in own.items() for n, side in enumerate(SIDES)}
+
+
+def shown(changes: dict) -> str:
+    """A pair's differences as cells of the table."""
+    words = {
+        "width": [str(changes[f"{side}_hidden_size"]) for side in SIDES],
+        "layers": [str(changes[f"{side}_num_hidden_layers"]) for side in SIDES],
+        "tokenizer": ["pieces" if changes[f"{side}_sentencepiece"] else "bytes" for side in SIDES],
+        "head": ["tied" if changes[f"{side}_tie_word_embeddings"] else "own" for side in SIDES],
+    }
+    return " | ".join(", ".join(values) for values in words.values())
 
 
 def main() -> None:
@@ -143,21 +176,23 @@ def main() -> None:
     parser.add_argument("--text", nargs="+", choices=TEXT, default=list(TEXT))
     parser.add_argument("--image", nargs="+", choices=IMAGE, default=list(IMAGE))
     options = parser.parse_args()
-    print(f"| text | image | (a) text | (b) codes | (c) caption | drawn |\n|{'---|' * 6}")
+    print("| text | image | width | layers | tokenizer | head | (a) text | (b) codes | (c) caption | drawn | answer |")
+    print(f"|{'---|' * 11}")
     worst = 0.0
     for text in options.text:
         for image in options.image:
-            with tempfile.TemporaryDirectory() as tmp:
+            changes = unequal(text, image)
+            with tempfile.TemporaryDirectory() as tmp, quiet_transformers():
                 with contextlib.redirect_stderr(io.StringIO()):
-                    fused, llm, painter = fuse(Path(tmp), **unequal(text, image))
-                found, codes = distances(fused, llm, painter), draws(fused)
-                worst = max(worst, found.text, found.codes, found.caption)
-                assert found.spread > 0.1 and codes == CODES_PER_IMAGE
-                row = f"{found.text:.1e} | {found.codes:.1e} | {found.caption:.1e} | {codes} codes"
-                print(f"| {text} | {image} | {row} |", flush=True)
-    print(
-        f"\n{len(options.text) * len(options.image)} pairs; the greatest difference of a log probability is {worst:.1e}"
-    )
+                    fused, llm, painter = fuse(Path(tmp), **changes)
+                found, codes, answer = distances(fused, llm, painter), draws(fused), answers(fused)
+            worst = max(worst, found.text, found.codes, found.caption)
+            assert found.spread > 0.1 and codes == answer[1] == CODES_PER_IMAGE and answer[0] > 0
+            row = f"{found.text:.1e} | {found.codes:.1e} | {found.caption:.1e} | {codes} codes"
+            row += f" | {answer[0]} tokens, {answer[1]} codes"
+            print(f"| {text} | {image} | {shown(changes)} | {row} |", flush=True)
+    pairs = len(options.text) * len(options.image)
+    print(f"\n{pairs} pairs; the greatest difference of a log probability is {worst:.1e}")
 
 
 if __name__ == "__main__":

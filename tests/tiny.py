@@ -1,8 +1,9 @@
 """Tiny parents built in code: two checkpoint folders as users have them, random weights from fixed seeds.
 
-``tiny_pair`` writes a text parent and an image parent (transformers config and fp32 weights, byte-level tokenizer.json,
-jam.json; the image parent also a VQ folder with 16 codes, 4 to an image). Weights have a spread at which logits differ
-visibly: CM3Leon's own initialisation has zero output projections and would make every law hold of itself.
+``tiny_pair`` writes a text parent and an image parent (transformers config and fp32 weights, tokenizer.json of byte
+level or of sentencepiece's kind, jam.json; the image parent also a VQ folder with 16 codes, 4 to an image). Weights
+have a spread at which logits differ visibly: CM3Leon's own initialisation has zero output projections and would make
+every law hold of itself.
 """
 
 import json
@@ -89,9 +90,24 @@ def tiny_tokenizer(merges: int = len(MERGES)) -> Tokenizer:
     return tokenizer
 
 
-def tiny_vocabulary(images: bool, merges: int = len(MERGES)) -> Vocabulary:
+LETTERS = ("▁", *"abcdefghijklmnopqrstuvwxyz")
+
+
+def tiny_sentencepiece(merges: int = len(MERGES)) -> Tokenizer:
+    """BPE of Llama 2's kind: ids 0-7 controls, 8-263 the bytes, then ``LETTERS``, then one id a merge; a word opens
+    with ``▁``."""
+    pairs = [tuple(merge.replace("Ġ", "▁").split()) for merge in MERGES[:merges]]
+    words = [*CONTROLS, *(f"<0x{byte:02X}>" for byte in range(256)), *LETTERS, *("".join(pair) for pair in pairs)]
+    tokenizer = Tokenizer(models.BPE({word: n for n, word in enumerate(words)}, pairs, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in CONTROLS])
+    return tokenizer
+
+
+def tiny_vocabulary(images: bool, merges: int = len(MERGES), sentencepiece: bool = False) -> Vocabulary:
     """The text parent's (``images=False``) or the image parent's and joint vocabulary."""
-    text_stop = len(CONTROLS) + 256 + merges
+    text_stop = len(CONTROLS) + 256 + merges + (len(LETTERS) if sentencepiece else 0)
     spans = (Span("control", 0, len(CONTROLS)), Span("text", len(CONTROLS), text_stop))
     controls = {"bos": 0, "pad": 1, "eos": 2}
     if not images:
@@ -113,15 +129,21 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
 
 
 def tiny_parent(
-    folder: Path, images: bool, seed: int, family: str = "opt", merges: int = len(MERGES), **changes
+    folder: Path,
+    images: bool,
+    seed: int,
+    family: str = "opt",
+    merges: int = len(MERGES),
+    sentencepiece: bool = False,
+    **changes,
 ) -> Path:
     """One parent in ``folder``; ``changes`` go to the transformers config."""
-    vocabulary = tiny_vocabulary(images, merges)
+    vocabulary = tiny_vocabulary(images, merges, sentencepiece)
     config = tiny_config(family, vocab_size=vocabulary.size, **changes)
     model: PreTrainedModel = network_class(family)(config).to(torch.float32)
     randomize(model, seed)
     model.save_pretrained(folder)
-    _write_tokenizer(folder, merges)
+    _write_tokenizer(folder, tiny_sentencepiece(merges) if sentencepiece else tiny_tokenizer(merges))
     JamFile(vocabulary, image_tokenizer="image_tokenizer" if images else None).write(folder)
     if images:
         with torch.random.fork_rng(devices=[]):
@@ -130,8 +152,8 @@ def tiny_parent(
     return folder
 
 
-def _write_tokenizer(folder: Path, merges: int) -> None:
-    tiny_tokenizer(merges).save(str(folder / "tokenizer.json"))
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    tokenizer.save(str(folder / "tokenizer.json"))
     special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "mask_token": "<mask>"}
     raw = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(raw, indent=2) + "\n")

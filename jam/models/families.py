@@ -88,6 +88,7 @@ def _gated(
         inside=inside,
         embed="model.embed_tokens.weight",
         scaled_embeddings=scaled_embeddings,
+        norms_around_one=scaled_embeddings,  # Gemma's, as the scale
         reads_head_dim=reads_head_dim,
         automatic=automatic,
         ignored=("rotary_emb.inv_freq",),
@@ -137,17 +138,25 @@ FAMILIES: dict[str, Family] = {
             outside=(
                 TensorRule("model.decoder.embed_tokens.weight", ("vocab", "model")),
                 TensorRule("model.decoder.embed_positions.weight", ("positions", "model")),
-                TensorRule("model.decoder.final_layer_norm.weight", ("model",), _AFFINE, _AFFINE),
+                TensorRule("model.decoder.final_layer_norm.weight", ("model",), _AFFINE, _AFFINE, (HEAD,)),
             ),
             inside=(
                 TensorRule("model.decoder.layers.{}.self_attn.q_proj.weight", ("heads", "model"), bias="enable_bias"),
                 TensorRule("model.decoder.layers.{}.self_attn.k_proj.weight", ("heads", "model"), bias="enable_bias"),
                 TensorRule("model.decoder.layers.{}.self_attn.v_proj.weight", ("heads", "model"), bias="enable_bias"),
                 TensorRule("model.decoder.layers.{}.self_attn.out_proj.weight", ("model", "heads"), bias="enable_bias"),
-                TensorRule("model.decoder.layers.{}.self_attn_layer_norm.weight", ("model",), _AFFINE, _AFFINE),
+                TensorRule(
+                    "model.decoder.layers.{}.self_attn_layer_norm.weight",
+                    *(("model",), _AFFINE, _AFFINE),
+                    tuple(f"model.decoder.layers.{{}}.self_attn.{name}_proj.weight" for name in "qkv"),
+                ),
                 TensorRule("model.decoder.layers.{}.fc1.weight", ("ffn", "model"), bias="enable_bias"),
                 TensorRule("model.decoder.layers.{}.fc2.weight", ("model", "ffn"), bias="enable_bias"),
-                TensorRule("model.decoder.layers.{}.final_layer_norm.weight", ("model",), _AFFINE, _AFFINE),
+                TensorRule(
+                    "model.decoder.layers.{}.final_layer_norm.weight",
+                    *(("model",), _AFFINE, _AFFINE),
+                    ("model.decoder.layers.{}.fc1.weight",),
+                ),
             ),
             embed="model.decoder.embed_tokens.weight",
             extra_positions=2,

@@ -38,12 +38,14 @@ class Sizes:
 class TensorRule:
     """A weight and its axes. ``when`` and ``bias`` are configuration keys: the weight exists only if ``when`` is true
     (always without one), a bias only if ``bias`` is true; ``True`` stands for one that always exists. A bias has the
-    weight's first axis, that of a norm all of its axes."""
+    weight's first axis, that of a norm all of its axes. ``feeds`` names what reads a norm that may be without weights.
+    """
 
     name: str
     axes: Axes
     when: str | None = None
     bias: str | bool = False
+    feeds: tuple[str, ...] = ()
 
     @property
     def normalises(self) -> bool:
@@ -70,6 +72,7 @@ class Family:
     reads_head_dim: bool = True  # a configured head_dim counts; else a head is the width over the heads
     scaled_embeddings: bool = False  # a table's row enters the network times the square root of the width
     automatic: bool = True  # transformers' AutoModelForCausalLM loads it
+    norms_around_one: bool = False  # a norm multiplies by one plus its weight
     ignored: tuple[str, ...] = ()  # endings of buffers that old checkpoints carry and transformers recomputes
 
     def value(self, config: dict, key: str) -> object:
@@ -128,6 +131,17 @@ class Family:
         if not sizes.tied:
             result[HEAD] = ("vocab", "model")
         return result
+
+    def norms(self, config: dict) -> dict[str, tuple[str, ...]]:
+        """Norms over all features of a state, or over all heads at once, with weights or without: the module's name,
+        and the tensors that read it where those are declared (``TensorRule.feeds``)."""
+        rules = [(rule, 0) for rule in self.outside]
+        rules += [(rule, layer) for layer in range(self.sizes(config).layers) for rule in self.inside]
+        return {
+            rule.name.removesuffix(".weight").format(layer): tuple(name.format(layer) for name in rule.feeds)
+            for rule, layer in rules
+            if rule.normalises and rule.axes in (("model",), ("heads",), ("kv_heads",))
+        }
 
     def _present(self, config: dict, table: tuple[TensorRule, ...], layer: int) -> dict[str, Axes]:
         result: dict[str, Axes] = {}

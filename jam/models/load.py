@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -29,7 +29,7 @@ from jam.layouts import open_model
 from jam.models import cross  # also registers jam_cross with transformers' Auto classes
 from jam.models.families import FAMILIES
 from jam.models.heads import allowed_ids, restrict
-from jam.models.masks import default_positions, mask_for
+from jam.models.masks import cache_for, default_positions, masks_for
 from jam.models.tower import network_class
 from jam.tokens.image import ImageTokenizer
 from jam.tokens.text import TextTokenizer
@@ -100,10 +100,10 @@ class Bundle:
             position_ids = default_positions(input_ids_BT, attention_mask, past_key_values)
         config = self.model.config
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
+            past_key_values = cache_for(config)
         inputs = {
             "input_ids": input_ids_BT,
-            "attention_mask": mask_for(
+            "attention_mask": masks_for(
                 config, attention_mask, self.model.dtype, past_key_values, input_ids_BT.shape[1]
             ),
             "position_ids": position_ids,

@@ -6,7 +6,10 @@ mask and positions, never guessed from jumps in positions. Shapes: B batch, T qu
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig
+
+from jam.models.families import FAMILIES
+from jam.models.traits import windows
 
 
 def default_positions(ids_BT: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
@@ -47,13 +50,45 @@ def mask_for(
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
 
 
-def windowed(mask: Tensor | None, window: int) -> Tensor | None:
-    """A 4D bool mask that hides what lies ``window`` slots or more before the query, too; other forms go through.
+def masks_for(
+    config: PreTrainedConfig, mask: Tensor | None, dtype: torch.dtype, cache: Cache | None, length: int
+) -> Tensor | dict[str, Tensor] | None:
+    """``mask_for`` a whole network of one of transformers' own classes, under the sliding windows of its layers.
 
-    The last query is in the last slot, and a document lies in one piece.
+    transformers hands a 4D mask to every layer as it is, windows or not. One mask where all layers see equally far,
+    else one by kind of layer, as those classes take them. The cache must keep what is out of the window
+    (``cache_for``).
+    """
+    spans = _windows(config)
+    if mask is None or mask.ndim != 4 or mask.dtype != torch.bool or spans == {None}:
+        return mask_for(config, mask, dtype, cache, length)
+    made = {
+        "full_attention" if span is None else "sliding_attention": mask_for(
+            config, mask if span is None else windowed(mask, span), dtype, cache, length
+        )
+        for span in spans
+    }
+    return made if len(made) > 1 else next(iter(made.values()))
+
+
+def cache_for(config: PreTrainedConfig) -> DynamicCache:
+    """A new growing cache. transformers' own for a network with windows drops what is out of them, slot by slot, while
+    our masks count the slots that a row sees: there everything is kept."""
+    return DynamicCache(config=config) if _windows(config) == {None} else DynamicCache()
+
+
+def _windows(config: PreTrainedConfig) -> set[int | None]:
+    return set(windows(config.to_dict())) if config.model_type in FAMILIES else {None}
+
+
+def windowed(mask: Tensor | None, window: int) -> Tensor | None:
+    """A 4D bool mask that leaves each query the last ``window`` slots that it sees, its own among them; other forms go
+    through.
+
+    Slots that a query does not see have no place in its sequence and are not counted: a guidance row reads its prefix
+    and its image as neighbours, whatever the reply wrote between them (``jam.decode.slots``).
     """
     if mask is None or mask.ndim != 4 or mask.dtype != torch.bool:
         return mask
-    queries, slots = mask.shape[-2:]
-    slot = torch.arange(slots, device=mask.device)
-    return mask & (slot[-queries:, None] - slot < window)
+    from_here = mask.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)  # slots that the query sees from this one on
+    return mask & (from_here <= window)

@@ -201,12 +201,21 @@ def test_cross_as_merged_is_its_parents(tmp_path: Path, changes: dict, tied: boo
 
 @pytest.mark.parametrize(("text", "image"), list(zip(step_zero.TEXT, 2 * step_zero.IMAGE, strict=False)))
 def test_cross_of_any_two_families_is_its_parents(tmp_path: Path, text: str, image: str):
-    """Unequal widths, depths and tokenizers; all pairs of families by ``python -m tests.step_zero``."""
+    """Unequal widths, depths, heads and tokenizers; all pairs of families by ``python -m tests.step_zero``."""
     fused, llm, painter = step_zero.fuse(tmp_path, **step_zero.unequal(text, image))
     assert (tmp_path / "fused/tokenizer.json").read_bytes() == (tmp_path / "text/tokenizer.json").read_bytes()
     found = step_zero.distances(fused, llm, painter)
     assert max(found.text, found.codes, found.caption) < 1e-9 and found.spread > 0.1
     assert step_zero.draws(fused) == CODES_PER_IMAGE
+    assert step_zero.answers(fused)[1] == CODES_PER_IMAGE
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma2", "gemma3_text"])
+def test_models_with_sliding_windows_answer_as_without_a_cache(tmp_path: Path, family: str):
+    """Windows shorter than the prompt, and guidance rows, whose slots have a gap."""
+    text, image = tiny_pair(tmp_path, family=family)
+    fused = load_bundle(fuse(text, image, tmp_path / "out", "uniform"), torch.float64)
+    assert step_zero.answers(fused)[1] == CODES_PER_IMAGE
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,22 +1,27 @@
 """Parts of the cross merge: where towers meet, new weights, the shared table."""
 
 import itertools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from pydantic import ValidationError
 from safetensors.numpy import load_file
 
 from jam.checkpoint import WEIGHTS
 from jam.decode.engine import default_options
 from jam.errors import MergeError
+from jam.models.heads import next_heads
 from jam.models.load import load_bundle
 from jam.tokens.vocabulary import JamFile
 from merge.cross import Normal, exchanges
-from merge.recipe import MergeRecipe
+from merge.recipe import CrossSection, MergeRecipe
 from merge.run import run_merge
-from tests.tiny import tiny_pair
+from tests import step_zero
+from tests.tiny import CODES_PER_IMAGE, tiny_pair
 
 
 @pytest.mark.parametrize(
@@ -104,3 +109,63 @@ def test_the_image_parents_own_sampling_goes_on(tmp_path: Path):
         run_merge(MergeRecipe(method=method, text=text, image=image, out=tmp_path / method))
         assert JamFile.read(tmp_path / method).sampling == wanted
         assert default_options(load_bundle(tmp_path / method)).image_beams == 2
+
+
+UNEVEN = [[1, 2], [4, 3], [5, 6]]  # in no proportion; text layer 6 stands after the last exchange
+DEPTHS = {"text_num_hidden_layers": 6, "image_num_hidden_layers": 6, "image_hidden_size": 48, "image_merges": 12}
+
+
+def test_pairs_by_hand_are_kept_and_the_towers_are_their_parents(tmp_path: Path):
+    """The theorem of two towers with zero gates asks nothing of where they meet."""
+    text, image = tiny_pair(tmp_path, text_family="llama", **DEPTHS)
+    cross = {"pairs": UNEVEN}
+    run_merge(MergeRecipe(method="cross", text=text, image=image, out=tmp_path / "fused", dtype="float32", cross=cross))
+    fused, llm, painter = (load_bundle(folder, torch.float64) for folder in (tmp_path / "fused", text, image))
+    assert fused.model.config.exchanges == UNEVEN and len(fused.model.cross) == 3
+    found = step_zero.distances(fused, llm, painter)
+    assert max(found.text, found.codes, found.caption) < 1e-9 and found.spread > 0.1
+    assert step_zero.draws(fused) == CODES_PER_IMAGE
+
+    for exchange in fused.model.cross:  # open gates: the blocks are there, and saved and reloaded the model is the same
+        exchange.text.gate.data.fill_(0.3)
+        exchange.image.gate.data.fill_(-0.2)
+    ids = torch.tensor([[0, 20, 33, 40, 2, 11]])
+    opened = fused.logits(ids, next_heads(ids, fused.vocabulary))[0]
+    assert step_zero.distances(fused, llm, painter).text > 1e-3
+    shutil.copytree(tmp_path / "fused", tmp_path / "again")
+    fused.model.save_pretrained(tmp_path / "again")
+    again = load_bundle(tmp_path / "again", torch.float64)
+    assert again.model.config.exchanges == UNEVEN
+    torch.testing.assert_close(again.logits(ids, next_heads(ids, again.vocabulary))[0], opened, rtol=0, atol=1e-9)
+
+
+def test_pairs_in_proportion_by_hand_are_the_same_bytes(tmp_path: Path):
+    text, image = tiny_pair(tmp_path)
+    for name, cross in (("every", {}), ("pairs", {"pairs": [[2, 2], [4, 4]]})):
+        run_merge(MergeRecipe(method="cross", text=text, image=image, out=tmp_path / name, cross=cross))
+    for file in (WEIGHTS, "config.json"):
+        assert (tmp_path / "every" / file).read_bytes() == (tmp_path / "pairs" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("cross", "message"),
+    [
+        ({"pairs": [[1, 1]], "every": 1}, "pairs are given and every is 1"),
+        ({"pairs": []}, "an empty list"),
+        ({"pairs": [[2, 2], [2, 3]]}, r"pair \[2, 3\] follows \[2, 2\]"),
+        ({"pairs": [[2, 2], [3, 1]]}, r"pair \[3, 1\] follows \[2, 2\]"),
+        ({"pairs": [[0, 1]]}, "greater than or equal to 1"),
+        ({"pairs": [[1]]}, "Field required"),
+    ],
+)
+def test_pairs_that_are_none_are_refused(cross: dict, message: str):
+    with pytest.raises(ValidationError, match=message):
+        CrossSection.model_validate(cross)
+
+
+@pytest.mark.parametrize(("last", "side"), [([5, 4], "text"), ([4, 5], "image")])
+def test_pairs_beyond_a_tower_are_refused(tmp_path: Path, last: list[int], side: str):
+    text, image = tiny_pair(tmp_path)
+    recipe = MergeRecipe(method="cross", text=text, image=image, out=tmp_path / "o", cross={"pairs": [[1, 1], last]})
+    with pytest.raises(MergeError, match=rf"cross\.pairs has \[\d, \d\] but the {side} parent has 4 layers"):
+        run_merge(recipe)
