@@ -75,9 +75,10 @@ def read_parent(folder: Path, side: str) -> Parent:
             if not (Path(folder) / jam.image_tokenizer / name).is_file():
                 raise CheckpointError(f"{folder}: no {jam.image_tokenizer}/{name}; restore the image tokenizer")
         network = open_checkpoint(Path(folder) / jam.image_tokenizer)
-        if network.config.get("n_embed") != jam.vocabulary.codebook_size:
+        codes = network.config.get("n_embed", network.config.get("codebook_size"))  # ours; Emu3's
+        if codes != jam.vocabulary.codebook_size:
             raise CheckpointError(
-                f"{network.path}: a codebook of {network.config.get('n_embed')} codes, jam.json has "
+                f"{network.path}: a codebook of {codes} codes, jam.json has "
                 f"{jam.vocabulary.codebook_size} image ids; they must agree, restore the image tokenizer"
             )
     return Parent(side, checkpoint, family, sizes, axes, jam)
