@@ -224,7 +224,7 @@ def _weight_files(path: Path) -> list[Path]:
     if pickles := sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern)):
         raise CheckpointError(
             f"{path}: weights only as {pickles[0]}, a pickle, which can run code when opened; safetensors required, "
-            "load it where you trust it and save it again with save_pretrained"
+            f"make them with `jam convert {path} --out FOLDER`"
         )
     raise CheckpointError(f"{path}: neither {WEIGHTS} nor {INDEX}; a checkpoint with weights is required, restore them")
 

@@ -1,0 +1,1 @@
+"""Checkpoints as their owners lay them out."""
