@@ -197,8 +197,8 @@ class Chameleon:
         rows, width = tensors[0].shape
         if rows % self.head_dim:
             raise CheckpointError(
-                f"{self.files.model}: {target} has {rows} rows in a shard, a head {self.head_dim}; both must be of one "
-                "model, restore params.json"
+                f"{self.files.model}: {target} has {rows} rows in a shard, a head is {self.head_dim} wide; "
+                "both must be of one model, restore params.json"
             )
         step = self.head_dim * max(1, BLOCK // (self.head_dim * width))
 

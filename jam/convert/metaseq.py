@@ -75,10 +75,11 @@ class Metaseq:
     left_out: int
 
 
-def read_metaseq(pickles: Pickles, settings: dict | None = None) -> Metaseq:
+def read_metaseq(pickles: Pickles, settings: dict | None = None, files: Sequence[int] | None = None) -> Metaseq:
     """What to write.
 
     Args:
+        files: numbers of the pickles that are the parts, in order; None for all.
         settings: training settings instead of those in the pickle; ``decoder_attention_heads`` and
             ``no_scale_embedding`` at least.
 
@@ -86,17 +87,17 @@ def read_metaseq(pickles: Pickles, settings: dict | None = None) -> Metaseq:
         CheckpointError: settings missing or of a network that OPT is not; tensors that are foreign, missing, or
             differ between parts.
     """
-    where = str(pickles.paths[0])
+    files = range(len(pickles.paths)) if files is None else files
+    where = str(pickles.paths[files[0]])
     states = [
-        {name.removeprefix("decoder."): tensor for name, tensor in pickles.state(number).items()}
-        for number in range(len(pickles.paths))
+        {name.removeprefix("decoder."): tensor for name, tensor in pickles.state(number).items()} for number in files
     ]
     if flat := next((name for name in states[0] if "flat_param" in name), None):
         raise CheckpointError(
             f"{where}: tensor {flat} is many weights in one vector, as FSDP keeps them; weights by name are required, "
             "unflatten the checkpoint with metaseq (convert_to_singleton)"
         )
-    found = _settings(pickles.plain[0], settings, where)
+    found = _settings(pickles.plain[files[0]], settings, where)
     read = _Reader(pickles, states, where)
     shared = found.get("share_decoder_input_output_embed") in (True, None)
     outputs = [
@@ -154,9 +155,12 @@ class _Reader:
 
     def parts(self, name: str) -> list[PickledTensor]:
         self.used.add(name)
-        for path, state in zip(self.pickles.paths, self.states, strict=True):
+        for number, state in enumerate(self.states):
             if name not in state:
-                raise CheckpointError(f"{path}: no tensor decoder.{name}; a whole checkpoint is required, restore it")
+                raise CheckpointError(
+                    f"{self.where}: part {number} has no tensor decoder.{name}; a whole checkpoint is required, "
+                    "restore it"
+                )
         return [state[name] for state in self.states]
 
     def whole(self, name: str, target: str) -> Output:

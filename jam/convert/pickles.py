@@ -6,6 +6,7 @@ them as numpy arrays. What the process refuses or cannot read comes back as one 
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from jam.errors import CheckpointError
 from jam.floats import STORED, all_finite
 
 _INHERITED = ("HOME", "LD_LIBRARY_PATH", "PATH", "SYSTEMROOT", "TMPDIR")  # what an interpreter needs to start
-_UNSAFE = ("Unsupported global", "Unsupported class", "Trying to call reduce", "Can only build", "Unsupported operand")
+_FOREIGN = re.compile(r"(?:GLOBAL|call reduce for|instantiate|but got) (?:unrecognized \w+ )?(\S+)")  # torch's words
 
 
 @dataclass(frozen=True)
@@ -157,13 +158,12 @@ class Pickles:
 
 def _refusal(path: str, error: str) -> CheckpointError:
     reason = " ".join(error.split())
-    if any(phrase in reason for phrase in _UNSAFE):
-        at = min(reason.find(phrase) for phrase in _UNSAFE if phrase in reason)
+    if named := _FOREIGN.search(reason):
         return CheckpointError(
-            f"{path}: the pickle asks for more than weights ({reason[at : at + 160]}), which could run code and was "
-            "refused; a file of tensors and plain values is required, ask its owner for safetensors"
+            f"{path}: the pickle asks for {named[1]}, which is no weight and could run code; it was not loaded, a "
+            "file of tensors and plain values is required, ask its owner for safetensors"
         )
     return CheckpointError(
-        f"{path}: cannot be read as a pickle of weights ({reason[:200]}); the file is truncated or damaged, fetch it "
-        "again"
+        f"{path}: cannot be read as a pickle of weights ({reason[:200]}); the file is truncated, damaged or none that "
+        "torch.save wrote, fetch it again"
     )

@@ -47,7 +47,8 @@ def main(paths: list[str]) -> None:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 root = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:  # whatever a foreign file makes torch say, the parent says it in one line
-            print(json.dumps({"path": path, "error": f"{type(error).__name__}: {error}"}), flush=True)
+            first = error.__context__ or error  # torch wraps it in advice to load without the guard
+            print(json.dumps({"path": path, "error": f"{type(first).__name__}: {first}"}), flush=True)
             return
         found: list[dict] = []
         tensors: list = []
