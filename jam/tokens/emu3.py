@@ -30,6 +30,7 @@ class Emu3Sizes:
     resolution: int
     grid: int
     n_embed: int
+    decoder: bool = True
 
     @property
     def codes_per_image(self) -> int:

@@ -70,7 +70,8 @@ def open_image(source: Path | bytes, name: str | None = None) -> Pil.Image:
 
 
 class ImageSizes(Protocol):
-    """What an image tokenizer's network says of itself; ``n_embed`` is the codebook's size."""
+    """What an image tokenizer's network says of itself; ``n_embed`` is the codebook's size, ``decoder`` whether it can
+    make images of codes."""
 
     @property
     def resolution(self) -> int: ...
@@ -78,6 +79,8 @@ class ImageSizes(Protocol):
     def codes_per_image(self) -> int: ...
     @property
     def n_embed(self) -> int: ...
+    @property
+    def decoder(self) -> bool: ...
 
 
 class ImageNetwork(Protocol):
@@ -128,6 +131,11 @@ class ImageTokenizer:
     @property
     def codebook_size(self) -> int:
         return self.network.config.n_embed
+
+    @property
+    def makes_images(self) -> bool:
+        """False for an encoder alone, which only reads them."""
+        return self.network.config.decoder
 
     @property
     def resolution(self) -> int:
