@@ -81,10 +81,17 @@ def test_refuses_a_shard_cut_anywhere(tmp_path: Path):
         open_checkpoint(folder)
 
 
+def meta_layout(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "models" / "7b").mkdir(parents=True)
+    (folder / "models" / "7b" / "consolidated.pth").touch()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: (f / "config.json").unlink(), "no config.json"),
+        (lambda f: (f / "config.json").unlink(), "no config.json; a whole"),
+        (meta_layout, r"no config.json, and weights as pickles \(models/7b/consolidated.pth\).*jam convert "),
         (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "a JSON object is required"),
         (lambda f: (f / WEIGHTS).unlink(), f"neither {WEIGHTS} nor {INDEX}"),

@@ -19,9 +19,7 @@ from jam.models.family import HEAD
 
 INDEX = "pytorch_model.bin.index.json"
 _NO_WEIGHT = re.compile(r"(^|\.)(position_ids|attn\.bias|attn\.masked_bias|attention\.bias|attention\.masked_bias)$")
-_NOT_COPIED = re.compile(
-    r"\.(bin|pt|pth|ckpt|pkl|pickle|h5|msgpack|onnx|ot|safetensors)$|\.(bin|safetensors)\.index\.json$|^\."
-)
+_NOT_COPIED = re.compile(r"\.(bin|pt|pth|ckpt|pkl|pickle|h5|msgpack|onnx|ot)$|\.bin\.index\.json$|^\.")
 
 
 def find_bins(source: Path) -> tuple[Path, ...]:
@@ -78,9 +76,11 @@ def bin_outputs(source: Path, pickles: Pickles) -> tuple[list[Output], int]:
 
 
 def side_files(source: Path) -> list[Path]:
-    """What goes along: every file but weights, relative to ``source``."""
-    files = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
-    return [path for path in files if not any(_NOT_COPIED.search(part) for part in path.parts)]
+    """What goes along, relative to ``source``: every file but pickles, other formats' weights, hidden files, and the
+    safetensors that the new ones replace."""
+    replaced = {path.relative_to(source) for path in source.glob("*.safetensors*")}
+    files = {path.relative_to(source) for path in source.rglob("*") if path.is_file()} - replaced
+    return [path for path in sorted(files) if not any(_NOT_COPIED.search(part) for part in path.parts)]
 
 
 def copy_files(source: Path, files: list[Path], folder: Path) -> None:

@@ -2,8 +2,9 @@
 
 Run by path, alone: ``python unpickle.py FILE...``. It imports nothing of jam, is given nothing but the paths, leaves
 the network where the system lets it, may write no file, and loads with ``weights_only=True``: a pickle that names
-anything but tensors, plain containers and ``argparse.Namespace`` ends in an error before any of it runs. Tensors stay
-in the file (mapped) until they are asked for; a file of torch's old format is read whole.
+anything but tensors, plain containers and ``argparse.Namespace`` ends in an error before any of it runs. (The name of a
+callback that taming's training runs left in their files stands for an empty class of this file.) Tensors stay in the
+file (mapped) until they are asked for; a file of torch's old format is read whole.
 
 Out: one line of JSON, then the bytes of what is asked. In: one line of JSON ``[file, tensor, start, stop]`` for rows
 ``start`` to ``stop`` of a tensor (``[file, tensor, 0, 1]`` for a scalar).
@@ -16,7 +17,12 @@ import resource
 import sys
 import zipfile
 
+CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 NEW_NETWORK, NEW_USER = 0x40000000, 0x10000000  # flags of Linux' unshare
+
+
+class Nothing:
+    """What ``CALLBACK`` is read as."""
 
 
 def leave_network() -> bool:
@@ -44,7 +50,7 @@ def main(paths: list[str]) -> None:
     files, tables = [], []
     for path in paths:
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals([argparse.Namespace, (Nothing, CALLBACK)]):
                 root = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:  # whatever a foreign file makes torch say, the parent says it in one line
             first = error.__context__ or error  # torch wraps it in advice to load without the guard

@@ -1,6 +1,8 @@
 """``jam convert`` on what every owner ships: the same logits, codes and pixels afterwards."""
 
 import json
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,21 @@ def test_a_vqgan_keeps_its_codes_and_pixels(tmp_path: Path, capsys: pytest.Captu
     assert torch.equal(tokenizer.network.encode(pixels), codes) and len(codes.unique()) > 4
     assert torch.equal(tokenizer.network.decode(codes), network.decode(codes))
     assert open_checkpoint(tmp_path / "out").dtypes == ("F32",)
+
+
+def test_a_lightning_callbacks_name_in_a_vqgan_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """taming's published files name the class of a callback; the library is not there, and not needed."""
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    module = types.ModuleType(name)
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name})
+    for parent in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    monkeypatch.setitem(sys.modules, name, module)
+    network = write_vqgan(tmp_path / "in")
+    content = {"callbacks": {module.ModelCheckpoint: {"best": 1.0}}, "state_dict": network.state_dict()}
+    torch.save(content, tmp_path / "in" / "vqgan.ckpt")
+    run_convert(tmp_path / "in", tmp_path / "out")
+    assert ImageTokenizer.load(tmp_path / "out").network.config == network.config
 
 
 def test_open_muses_folder_is_a_vqgan_with_its_own_settings(tmp_path: Path):
@@ -150,7 +167,8 @@ def test_metaseqs_opt_has_the_same_logits(tmp_path: Path, parts: int, fused: boo
     (tmp_path / "in").mkdir()
     for number, state in enumerate(metaseq_parts(model, parts, fused)):
         name = "restored.pt" if parts == 1 else f"reshard-model_part-{number}.pt"
-        torch.save({"model": state, "args": metaseq_args(), "cfg": None}, tmp_path / "in" / name)
+        places = {"args": metaseq_args(), "cfg": None} if fused else {"args": None, "cfg": {"model": metaseq_args()}}
+        torch.save({"model": state, **places}, tmp_path / "in" / name)
     words = {word: index for index, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *byte_words()])}
     (tmp_path / "in" / "gpt2-vocab.json").write_text(json.dumps(words))
     (tmp_path / "in" / "gpt2-merges.txt").write_text("#version: 0.2\n")
@@ -194,11 +212,13 @@ def test_a_transformers_folder_of_bins_is_the_same_folder_with_safetensors(tmp_p
     (source / "model.safetensors").unlink()
     (source / "more").mkdir()
     (source / "more" / "notes.txt").write_text("x")
+    (source / "more" / "model.safetensors").write_text("mine")
     run_convert(source, tmp_path / "out")
     found = open_checkpoint(tmp_path / "out")
     assert ("lm_head.weight" in found.tensors) == (not tied)
     assert not (tmp_path / "out" / INDEX).exists() and not list((tmp_path / "out").glob("*.bin*"))
     assert (tmp_path / "out" / "more" / "notes.txt").read_text() == "x"
+    assert (tmp_path / "out" / "more" / "model.safetensors").read_text() == "mine"
     with torch.no_grad():
         again = load_model(tmp_path / "out", found.config)
         assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
