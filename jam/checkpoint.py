@@ -189,6 +189,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; give the folder of a checkpoint with config.json and weights")
+    if not (path / "config.json").is_file() and (pickles := _pickles(path)):
+        raise CheckpointError(
+            f"{path}: no config.json, and weights as pickles ({pickles[0]}); a folder of safetensors is required, make "
+            f"one with `jam convert {path} --out FOLDER`"
+        )
     config = read_json(path / "config.json")
     tensors: dict[str, TensorInfo] = {}
     for file in _weight_files(path):
@@ -202,6 +207,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if (path / INDEX).is_file() and not (path / WEIGHTS).is_file():
         _check_index(path, tensors)
     return Checkpoint(path, config, dict(sorted(tensors.items())))
+
+
+def _pickles(path: Path) -> list[str]:
+    """Files of a folder, or of the models that Meta puts into one, that look like pickles of weights."""
+    patterns = ("*.bin", "*.pt", "*.pth", "*.ckpt", "models/*/*.pth")
+    return sorted(str(file.relative_to(path)) for pattern in patterns for file in path.glob(pattern))
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -221,10 +232,10 @@ def _weight_files(path: Path) -> list[Path]:
                 "fetch the whole checkpoint"
             )
         return files
-    if pickles := sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern)):
+    if pickles := _pickles(path):
         raise CheckpointError(
             f"{path}: weights only as {pickles[0]}, a pickle, which can run code when opened; safetensors required, "
-            "load it where you trust it and save it again with save_pretrained"
+            f"make them with `jam convert {path} --out FOLDER`"
         )
     raise CheckpointError(f"{path}: neither {WEIGHTS} nor {INDEX}; a checkpoint with weights is required, restore them")
 

@@ -58,6 +58,15 @@ class Kind(StrEnum):
     finetune = "finetune"
 
 
+class SourceKind(StrEnum):
+    """What `jam convert` reads, as `jam.convert.run.SourceKind` names it."""
+
+    vqgan = "vqgan"
+    chameleon = "chameleon"
+    metaseq = "metaseq"
+    transformers = "transformers"
+
+
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides of the recipe, e.g. train.tokens=500_000.")
 ]
@@ -264,6 +273,27 @@ def fetch(
     from jam.fetch import fetch as bring
 
     typer.echo(bring(name, out, wheel))
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SOURCE", help="A pickle (.ckpt, .pt, .pth, .bin), or the folder that its owner ships."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
+    kind: Annotated[SourceKind | None, typer.Option(help="What the source is; found out by default.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A VQGAN's yaml, or metaseq's training settings, where not beside the source.")
+    ] = None,
+) -> None:
+    """Turn a pickle checkpoint into a folder of safetensors.
+
+    Pickles are opened here alone, by a process that may only read tensors.
+    """
+    from jam.convert.run import run_convert
+
+    run_convert(source, out, kind.value if kind else None, config)
 
 
 @app.command()

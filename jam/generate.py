@@ -132,11 +132,17 @@ def with_role(bundle: Bundle, parts: Sequence[Part]) -> tuple[Part, ...]:
 def check_drawable(bundle: Bundle, options: SamplingOptions) -> None:
     """Raises GenerationError if a reply could hold an image that nothing here can turn into pixels."""
     vocabulary = bundle.vocabulary
-    draws = vocabulary.codes_per_image and not vocabulary.framed and options.mode != "text" and options.max_images
-    if bundle.image is None and draws:
+    if not vocabulary.codes_per_image or vocabulary.framed or options.mode == "text" or not options.max_images:
+        return
+    if bundle.image is None:
         raise GenerationError(
             f"{bundle.path}: the model makes images and has no image tokenizer; add its image_tokenizer folder, or use "
             "mode text"
+        )
+    if not bundle.image.makes_images:
+        raise GenerationError(
+            f"{bundle.path}: the image tokenizer has an encoder only and cannot make the model's images; use one with "
+            "its decoder (`jam convert vqgan.ckpt --out FOLDER`), or mode text"
         )
 
 

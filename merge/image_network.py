@@ -14,9 +14,9 @@ from jam.checkpoint import INDEX, WEIGHTS, Checkpoint, open_checkpoint
 from jam.errors import CheckpointError, MergeError
 from jam.floats import from_float32
 from jam.layouts import ModelFolder
-from jam.layouts.view import CODEBOOK
 from jam.shards import copy_tensors
 from jam.tokens.vocabulary import Vocabulary
+from jam.tokens.vq_config import CODEBOOK
 
 FOLDER = "image_tokenizer"
 

@@ -81,14 +81,21 @@ def test_refuses_a_shard_cut_anywhere(tmp_path: Path):
         open_checkpoint(folder)
 
 
+def meta_layout(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "models" / "7b").mkdir(parents=True)
+    (folder / "models" / "7b" / "consolidated.pth").touch()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: (f / "config.json").unlink(), "no config.json"),
+        (lambda f: (f / "config.json").unlink(), "no config.json; a whole"),
+        (meta_layout, r"no config.json, and weights as pickles \(models/7b/consolidated.pth\).*jam convert "),
         (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "a JSON object is required"),
         (lambda f: (f / WEIGHTS).unlink(), f"neither {WEIGHTS} nor {INDEX}"),
-        (lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"), "a pickle, which can run code"),
+        (lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"), "a pickle, which can run code .*jam convert "),
         (lambda f: (f / WEIGHTS).write_bytes((3).to_bytes(8, "little") + b"{]}"), "bad safetensors header"),
     ],
 )

@@ -13,8 +13,9 @@ import re
 
 from jam.checkpoint import Checkpoint
 from jam.errors import CheckpointError
-from jam.layouts.view import CODEBOOK, ModelFolder, Owner, check_words, code_ids, split, unordered, vocabulary_of
+from jam.layouts.view import ModelFolder, Owner, check_words, code_ids, split, unordered, vocabulary_of
 from jam.tokens.vocabulary import JamFile
+from jam.tokens.vq_config import CODEBOOK
 
 CONTROLS = {
     "begin_image": "<|image start|>",

@@ -16,8 +16,6 @@ from jam.errors import CheckpointError
 from jam.tokens.adopt import Words, special_ids
 from jam.tokens.vocabulary import IMAGE, JamFile, Vocabulary
 
-CODEBOOK = "quantize.embedding.weight"  # under this name in every image network that jam knows
-
 
 @dataclass(frozen=True)
 class ModelFolder:

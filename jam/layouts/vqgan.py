@@ -3,25 +3,11 @@
 Names are those of ``jam.tokens.vq``, so that tensors go over as they are. The half that draws is not in such a folder.
 """
 
+from dataclasses import asdict
+
 from jam.checkpoint import Checkpoint
 from jam.errors import CheckpointError
-from jam.layouts.view import CODEBOOK
-
-# values of transformers' ChameleonVQVAEConfig: it leaves keys out that have them
-_DEFAULTS = {
-    "resolution": 512,
-    "base_channels": 128,
-    "channel_multiplier": [1, 1, 2, 2, 4],
-    "num_res_blocks": 2,
-    "attn_resolutions": None,
-    "latent_channels": 256,
-    "embed_dim": 256,
-    "num_embeddings": 8192,
-    "double_latent": False,
-    "attn_type": "vanilla",
-    "in_channels": 3,
-}
-_FIXED = ("double_latent", "attn_type", "in_channels")  # jam's network has these values alone
+from jam.tokens.vq_config import CODEBOOK, chameleon_config
 
 
 def tokenizer_config(vq: object, where: str) -> dict:
@@ -30,40 +16,9 @@ def tokenizer_config(vq: object, where: str) -> dict:
     Raises:
         CheckpointError: a setting that jam's network does not have, or a size that is no whole number.
     """
-    raw = _DEFAULTS | (vq if isinstance(vq, dict) else {})
-    for key in _FIXED:
-        if raw[key] != _DEFAULTS[key]:
-            raise CheckpointError(
-                f"{where}: vq_config.{key} is {raw[key]!r}; {_DEFAULTS[key]!r} is required, which is the network that "
-                "jam has, use another model"
-            )
-    for key in ("resolution", "base_channels", "num_res_blocks", "latent_channels", "embed_dim", "num_embeddings"):
-        if type(raw[key]) is not int or raw[key] < 1:
-            raise CheckpointError(
-                f"{where}: vq_config.{key} is {raw[key]!r}; a positive whole number is required, restore the file"
-            )
-    for key in ("channel_multiplier", "attn_resolutions"):
-        items = raw[key] if key == "channel_multiplier" else raw[key] or []
-        if not (isinstance(items, list) and (items or key == "attn_resolutions")) or not all(
-            type(item) is int and item > 0 for item in items
-        ):
-            raise CheckpointError(
-                f"{where}: vq_config.{key} is {raw[key]!r}; a list of whole numbers is required, restore the file"
-            )
-    return {
-        "model_type": "vqgan",
-        "resolution": raw["resolution"],
-        "patch": 1,
-        "ch": raw["base_channels"],
-        "ch_mult": list(raw["channel_multiplier"]),
-        "num_res_blocks": raw["num_res_blocks"],
-        "attn_resolutions": list(raw["attn_resolutions"] or []),
-        "z_channels": raw["latent_channels"],
-        "embed_dim": raw["embed_dim"],
-        "n_embed": raw["num_embeddings"],
-        "local": False,
-        "decoder": False,
-    }
+    found = chameleon_config(vq if isinstance(vq, dict) else {}, f"{where}: vq_config")
+    sizes = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(found).items()}
+    return {"model_type": "vqgan"} | sizes
 
 
 def side(config: dict) -> int:
@@ -128,7 +83,8 @@ def encoder_shapes(config: dict) -> dict[str, tuple[int, ...]]:
             pixels //= 2
     for number in (1, 2):
         block(f"encoder.mid.block_{number}", channels, channels)
-    attention("encoder.mid.attn_1", channels)
+    if config["mid_attention"]:
+        attention("encoder.mid.attn_1", channels)
     norm("encoder.norm_out", channels)
     convolution("encoder.conv_out", config["z_channels"], channels, 3)
     convolution("quant_conv", config["embed_dim"], config["z_channels"], 1)

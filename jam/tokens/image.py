@@ -7,13 +7,15 @@ decoded (``MAX_PIXELS`` bounds memory: 32 Mpx decode to about 100 MB).
 import io
 import warnings
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image as Pil
 from PIL import ImageOps, UnidentifiedImageError
 
-from jam.errors import DataError
+from jam.checkpoint import read_json
+from jam.errors import CheckpointError, DataError
 from jam.tokens.vq import VQModel
 
 MAX_PIXELS = 32_000_000
@@ -67,15 +69,60 @@ def open_image(source: Path | bytes, name: str | None = None) -> Pil.Image:
     return image.convert("RGB")
 
 
+class ImageSizes(Protocol):
+    """What an image tokenizer's network says of itself; ``n_embed`` is the codebook's size, ``decoder`` whether it can
+    make images of codes."""
+
+    @property
+    def resolution(self) -> int: ...
+    @property
+    def codes_per_image(self) -> int: ...
+    @property
+    def n_embed(self) -> int: ...
+    @property
+    def decoder(self) -> bool: ...
+
+
+class ImageNetwork(Protocol):
+    """Square images to codes and back: pixels float [B, 3, S, S] in [-1, 1], codes int64 [B, codes_per_image]."""
+
+    @property
+    def config(self) -> ImageSizes: ...
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor: ...
+    def decode(self, codes: torch.Tensor) -> torch.Tensor: ...
+
+
+def load_network(folder: Path) -> ImageNetwork:
+    """The network of an image tokenizer folder, by the ``model_type`` of its config.json.
+
+    Raises:
+        CheckpointError: an unknown type, a missing or damaged file, or weights that do not fit the configuration.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no config.json; an image tokenizer folder needs it, point to a whole one")
+    model_type = read_json(path).get("model_type")
+    if model_type == "vqgan":
+        return VQModel.load(folder)
+    if model_type == "emu3_vqgan":
+        from jam.tokens.emu3 import Emu3Network  # imports transformers, which takes a second
+
+        return Emu3Network.load(folder)
+    raise CheckpointError(
+        f"{path}: model_type is {model_type!r}, not 'vqgan' or 'emu3_vqgan'; point to an image tokenizer folder"
+    )
+
+
 class ImageTokenizer:
     """A frozen VQ network with its pixel conventions: centre crop to a square, bicubic to ``resolution``."""
 
-    def __init__(self, network: VQModel):
+    def __init__(self, network: ImageNetwork):
         self.network = network
 
     @classmethod
     def load(cls, folder: Path) -> "ImageTokenizer":
-        return cls(VQModel.load(folder))
+        """Raises CheckpointError as :func:`load_network`."""
+        return cls(load_network(folder))
 
     @property
     def codes_per_image(self) -> int:
@@ -84,6 +131,11 @@ class ImageTokenizer:
     @property
     def codebook_size(self) -> int:
         return self.network.config.n_embed
+
+    @property
+    def makes_images(self) -> bool:
+        """False for an encoder alone, which only reads them."""
+        return self.network.config.decoder
 
     @property
     def resolution(self) -> int:
@@ -110,6 +162,7 @@ class ImageTokenizer:
 
         Raises:
             DataError: wrong length or codes outside the codebook.
+            CheckpointError: the network has no decoder.
         """
         codes = np.asarray(codes, dtype=np.int64)
         if codes.ndim != 2 or codes.shape[1] != self.codes_per_image:

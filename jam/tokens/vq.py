@@ -10,7 +10,7 @@ Shapes: B batch, C channels, S image side in pixels, G grid side in codes (S / d
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,39 +20,7 @@ from torch import Tensor, nn
 
 from jam.checkpoint import open_checkpoint
 from jam.errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class VQConfig:
-    """Sizes of a VQGAN, under taming's names.
-
-    ``resolution`` is the image side in pixels. ``patch`` folds patch x patch pixels into channels before the first
-    convolution and unfolds them after the last (1 is the lineage's network; 2 removes the finest level, where a CPU
-    spends most of its time). The grid has ``resolution / patch / 2 ** (len(ch_mult) - 1)`` codes a side;
-    ``attn_resolutions`` are sides after folding. ``local`` swaps the encoder for :class:`LocalEncoder`
-    and the decoder's norms for :class:`PositionNorm`; the decoder keeps its attention. ``decoder`` is False for a
-    tokenizer that only reads images (transformers ships Chameleon's so).
-    """
-
-    resolution: int = 64
-    patch: int = 2
-    ch: int = 64
-    ch_mult: tuple[int, ...] = (1, 2, 3)
-    num_res_blocks: int = 1
-    attn_resolutions: tuple[int, ...] = (8,)
-    z_channels: int = 192
-    embed_dim: int = 32
-    n_embed: int = 1024
-    local: bool = False
-    decoder: bool = True
-
-    @property
-    def grid(self) -> int:
-        return self.resolution // self.patch // 2 ** (len(self.ch_mult) - 1)
-
-    @property
-    def codes_per_image(self) -> int:
-        return self.grid**2
+from jam.tokens.vq_config import CODEBOOK, VQConfig
 
 
 class PositionNorm(nn.Module):
@@ -134,10 +102,10 @@ def _level(blocks: list[nn.Module], attentions: list[nn.Module]) -> nn.Module:
     return level
 
 
-def _middle(channels: int, norm: Norm) -> nn.Module:
+def _middle(channels: int, norm: Norm, attention: bool) -> nn.Module:
     middle = nn.Module()
     middle.block_1 = ResnetBlock(channels, channels, norm)
-    middle.attn_1 = AttnBlock(channels, norm)
+    middle.attn_1 = AttnBlock(channels, norm) if attention else nn.Identity()
     middle.block_2 = ResnetBlock(channels, channels, norm)
     return middle
 
@@ -165,7 +133,7 @@ class Encoder(nn.Module):
                 level.downsample = Downsample(channels)
                 side //= 2
             self.down.append(level)
-        self.mid = _middle(channels, group_norm)
+        self.mid = _middle(channels, group_norm, config.mid_attention)
         self.norm_out = group_norm(channels)
         self.conv_out = nn.Conv2d(channels, config.z_channels, 3, padding=1)
 
@@ -187,7 +155,7 @@ class Decoder(nn.Module):
         channels, side = config.ch * config.ch_mult[-1], config.grid
         norm = PositionNorm if config.local else group_norm
         self.conv_in = nn.Conv2d(config.z_channels, channels, 3, padding=1)
-        self.mid = _middle(channels, norm)
+        self.mid = _middle(channels, norm, config.mid_attention)
         levels = []
         for index in reversed(range(len(config.ch_mult))):
             blocks, attentions = [], []
@@ -289,7 +257,7 @@ class VQModel(nn.Module):
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Unquantised latents: [B, 3, S, S] -> [B, embed_dim, G, G]."""
-        return self.quant_conv(self.encoder(pixels))
+        return self.quant_conv(self.encoder((pixels + 1) / 2 if self.config.unit_pixels else pixels))
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -300,7 +268,7 @@ class VQModel(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Pixels clipped to [-1, 1]: [B, G*G] -> [B, 3, S, S]."""
+        """Pixels clipped to [-1, 1]: [B, G*G] -> [B, 3, S, S]. Raises CheckpointError without a decoder."""
         grid = self.config.grid
         z = self.quantize.embedding(codes).view(-1, grid, grid, self.config.embed_dim).permute(0, 3, 1, 2)
         return self.decode_latents(z).clamp(-1, 1)
@@ -309,9 +277,10 @@ class VQModel(nn.Module):
         if self.decoder is None:
             raise CheckpointError(
                 "the image tokenizer has an encoder only and can read images, not make them; its decoder is required, "
-                "give jam merge a whole one with image_tokenizer"
+                "make a whole one of its owner's vqgan.ckpt with `jam convert vqgan.ckpt --out FOLDER`"
             )
-        return self.decoder(self.post_quant_conv(z))
+        pixels = self.decoder(self.post_quant_conv(z))
+        return 2 * pixels - 1 if self.config.unit_pixels else pixels
 
     def save(self, folder: Path) -> None:
         """Writes ``config.json`` and ``model.safetensors`` (bfloat16, codebook in float32).
@@ -319,9 +288,8 @@ class VQModel(nn.Module):
         The codebook keeps float32: rounding it would move nearest-neighbour borders, and with them the codes.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        keep = "quantize.embedding.weight"
         tensors = {
-            name: tensor.detach().to(torch.float32 if name == keep else torch.bfloat16).contiguous()
+            name: tensor.detach().to(torch.float32 if name == CODEBOOK else torch.bfloat16).contiguous()
             for name, tensor in self.state_dict().items()
         }
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -329,7 +297,7 @@ class VQModel(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> "VQModel":
-        """Reads a folder written by :meth:`save`; the network runs in float32.
+        """Reads a folder written by :meth:`save` or ``jam convert``; the network runs in float32.
 
         Raises:
             CheckpointError: the folder lacks a file, one is damaged, or its tensors do not fit its config.
@@ -343,9 +311,22 @@ class VQModel(nn.Module):
             raise CheckpointError(
                 f"{folder}/config.json: model_type is not 'vqgan'; point to an image tokenizer folder"
             )
-        tensors = load_file(folder / "model.safetensors")
         try:
             config = VQConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+        except TypeError as error:
+            raise CheckpointError(
+                f"{folder}: config.json and weights are not one image tokenizer ({error}); restore the folder"
+            ) from None
+        return cls.build(config, load_file(folder / "model.safetensors"), str(folder))
+
+    @classmethod
+    def build(cls, config: VQConfig, tensors: dict[str, Tensor], where: str) -> "VQModel":
+        """The network of these sizes and tensors, frozen, in float32; ``where`` names their source in errors.
+
+        Raises:
+            CheckpointError: sizes of no network, tensors that do not fit them, NaN or infinity.
+        """
+        try:
             model = cls(config)
             missing, unexpected = model.load_state_dict(
                 {name: tensor.float() for name, tensor in tensors.items()}, strict=False
@@ -353,13 +334,13 @@ class VQModel(nn.Module):
         except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # sizes of no network, or of another
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
-                f"{folder}: config.json and weights are not one image tokenizer ({reason}); restore the folder"
+                f"{where}: config and weights are not one image tokenizer ({reason}); restore the folder"
             ) from None
         if missing or unexpected:
             raise CheckpointError(
-                f"{folder}/model.safetensors: {len(missing)} tensors missing, {len(unexpected)} unexpected "
+                f"{where}: {len(missing)} tensors missing, {len(unexpected)} unexpected "
                 f"(first: {(missing + unexpected)[0]}); config and weights must come from one tokenizer"
             )
         if bad := next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None):
-            raise CheckpointError(f"{folder}: tensor {bad} has NaN or infinite numbers; restore the image tokenizer")
+            raise CheckpointError(f"{where}: tensor {bad} has NaN or infinite numbers; restore the image tokenizer")
         return model.eval().requires_grad_(False)

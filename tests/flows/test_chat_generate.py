@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,10 @@ import jam.chat
 from jam.cli import main
 from jam.document import CodesPart, from_messages
 from jam.tokens.image import open_image
+from jam.tokens.vq import VQModel
 from merge.recipe import MergeRecipe
 from merge.run import run_merge
-from tests.tiny import CODES_PER_IMAGE, tiny_pair
+from tests.tiny import CODES_PER_IMAGE, VQ, tiny_pair
 
 SHORT = ["--max-tokens", "40"]
 
@@ -123,6 +126,20 @@ def test_generate_refuses_images_for_a_text_model(
     arguments = ["--prompt", "x", "--image", str(picture), "--out", str(tmp_path / "out")]
     assert main(["generate", str(parents[0]), *arguments]) == 2
     assert "no image tokenizer" in capsys.readouterr().err
+
+
+def test_generate_of_a_model_whose_image_tokenizer_only_reads(
+    parents: tuple[Path, Path], picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says before it draws anything that there would be no pixels, and reads images all the same."""
+    model = tmp_path / "model"
+    shutil.copytree(parents[1], model)
+    VQModel(replace(VQ, decoder=False)).save(model / "image_tokenizer")
+    arguments = ["--prompt", "x", "--image", str(picture), "--out", str(tmp_path / "out"), *SHORT]
+    assert main(["generate", str(model), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "encoder only" in error and "jam convert vqgan.ckpt" in error and "mode text" in error
+    assert main(["generate", str(model), *arguments, "--mode", "text"]) == 0
 
 
 def test_generate_continues_a_text_model(parents: tuple[Path, Path], tmp_path: Path) -> None:

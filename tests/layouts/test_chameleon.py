@@ -15,11 +15,11 @@ from jam.checkpoint import WEIGHTS
 from jam.errors import CheckpointError, MergeError
 from jam.layouts import open_model
 from jam.layouts.chameleon import chameleon_vocabulary
-from jam.layouts.view import CODEBOOK
 from jam.layouts.vqgan import encoder_shapes
 from jam.models.load import load_bundle
 from jam.tokens.vocabulary import Span
 from jam.tokens.vq import VQConfig, VQModel
+from jam.tokens.vq_config import CODEBOOK
 from merge.recipe import MergeRecipe
 from merge.run import run_merge
 from tests.layouts.owners import CODES, chameleon_owner, image_words

@@ -1,0 +1,118 @@
+"""A VQGAN checkpoint (Meta's Chameleon, taming-transformers, open-muse) to an image tokenizer folder.
+
+Tensors keep their names and their own type, mostly float32: rounding an encoder moves codes. What a training run keeps
+beside them (discriminator, perceptual loss) is left out and counted.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from jam.checkpoint import write_json
+from jam.convert.outputs import Bar, Output, copied, made
+from jam.convert.pickles import PickledTensor, Pickles
+from jam.errors import CheckpointError
+from jam.shards import ShardWriter
+from jam.tokens.vq import VQModel
+from jam.tokens.vq_config import CODEBOOK, VQConfig, muse_config, own_name, taming_config
+
+
+@dataclass(frozen=True)
+class VQGan:
+    """An image tokenizer about to be written; ``left_out`` tensors belong to its training."""
+
+    config: VQConfig
+    outputs: tuple[Output, ...]
+    left_out: int
+
+    @property
+    def note(self) -> str:
+        """What a user should know of it, in one phrase."""
+        sizes = f"{self.config.codes_per_image} codes of {self.config.n_embed}, {self.config.resolution} px"
+        encoder = "" if self.config.decoder else ", encoder only: it cannot make images"
+        losses = f", {self.left_out} tensors of training losses left out" if self.left_out else ""
+        return sizes + encoder + losses
+
+
+def is_vqgan(state: dict[str, PickledTensor]) -> bool:
+    return "encoder.conv_in.weight" in state and any(name.startswith("quantize.") for name in state)
+
+
+def read_settings(path: Path) -> dict:
+    """A mapping from a YAML or JSON file. Raises CheckpointError when it is missing or holds none."""
+    try:
+        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: cannot be read as YAML ({reason}); give another file with --config") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: holds a {type(raw).__name__}; a mapping is required, give another --config")
+    return json.loads(json.dumps(raw, default=str))
+
+
+def read_vqgan(pickles: Pickles, file: int, settings: Path, order: np.ndarray | None = None) -> VQGan:
+    """What to write for the VQGAN in pickle number ``file``.
+
+    Args:
+        settings: taming's yaml or open-muse's config.json.
+        order: int [n_embed]; row k of the written codebook is row ``order[k]`` of the checkpoint's.
+
+    Raises:
+        CheckpointError: settings of another network; tensors that are foreign, missing or of another shape; an order
+            of another length than the codebook.
+    """
+    where, raw = str(pickles.paths[file]), read_settings(settings)
+    config = muse_config(raw, str(settings)) if "channel_mult" in raw else taming_config(raw, str(settings))
+    state = pickles.state(file)
+    kept = {name: tensor for name, tensor in state.items() if own_name(name, where) is not None}
+    config = replace(config, decoder=any(name.startswith("decoder.") for name in kept))
+    if difference := _difference(kept, _shapes(config, settings)):
+        raise CheckpointError(
+            f"{where}: {difference} in {settings.name}; both must be of one tokenizer, give its own yaml with --config"
+        )
+    if order is not None and sorted(order.tolist()) != list(range(config.n_embed)):
+        raise CheckpointError(
+            f"{where}: a codebook of {config.n_embed} codes, the text tokenizer names {len(order)} image tokens; each "
+            "code must have one, use the files of one model"
+        )
+    outputs = [copied(pickles, name, tensor) for name, tensor in sorted(kept.items())]
+    if order is not None:
+        book = kept[CODEBOOK]
+        outputs = [output for output in outputs if output.spec.name != CODEBOOK]
+        outputs.append(made(CODEBOOK, book.dtype, book.shape, lambda: pickles.raw(book)[order]))
+    return VQGan(config, tuple(outputs), len(state) - len(kept))
+
+
+def _difference(tensors: dict[str, PickledTensor], shapes: dict[str, tuple[int, ...]]) -> str | None:
+    for name in sorted(tensors.keys() | shapes.keys()):
+        if name not in tensors:
+            return f"tensor {name} is missing, and {list(shapes[name])}"
+        if name not in shapes:
+            return f"tensor {name} is {list(tensors[name].shape)}, and not there"
+        if tensors[name].shape != shapes[name]:
+            return f"tensor {name} is {list(tensors[name].shape)}, and {list(shapes[name])}"
+    return None
+
+
+def _shapes(config: VQConfig, settings: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with torch.device("meta"):
+            return {name: tuple(tensor.shape) for name, tensor in VQModel(config).state_dict().items()}
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{settings}: sizes of no network ({reason}); give the yaml that belongs to the checkpoint"
+        ) from None
+
+
+def write_vqgan(found: VQGan, out: Path, bar: Bar) -> None:
+    """The folder ``out``, which appears when whole. Raises JamError when it is taken or the disk is full."""
+    with ShardWriter(out, [output.spec for output in found.outputs], shard_bytes=1 << 62) as writer:
+        bar.write(writer, found.outputs)
+        write_json(writer.folder / "config.json", {"model_type": "vqgan", **asdict(found.config)})
+        writer.finish()

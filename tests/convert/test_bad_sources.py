@@ -1,0 +1,287 @@
+"""What ``jam convert`` refuses: one line, exit code 2, nothing run and nothing left."""
+
+import json
+import os
+import pickle
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jam.cli import main
+from jam.convert.metaseq import make_tokenizer, read_metaseq
+from jam.convert.pickles import Pickles
+from jam.convert.vqgan import read_vqgan
+from jam.errors import CheckpointError
+from tests.convert.owners import DDCONFIG, metaseq_args, metaseq_parts, write_chameleon, write_vqgan, write_yaml
+from tests.tiny import edit_json, network_class, randomize, tiny_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def refused(capsys: pytest.CaptureFixture, source: Path, *more: str) -> str:
+    """The one line that `jam convert` says, after proving that nothing is left beside the source."""
+    out = source.parent / "out"
+    before = sorted(source.parent.iterdir())
+    assert main(["convert", str(source), "--out", str(out), *more]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    assert sorted(source.parent.iterdir()) == before
+    return said
+
+
+class Payload:
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("place", ["weights", "settings", "old format", "plain pickle"])
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path, capsys, place: str):
+    marker = tmp_path / "marker"
+    payload, file = Payload(f"touch {marker}"), tmp_path / "vqgan.ckpt"
+    write_yaml(tmp_path / "vqgan.yaml", {"embed_dim": 4, "n_embed": 16, "ddconfig": DDCONFIG})
+    if place == "plain pickle":
+        file.write_bytes(pickle.dumps({"state_dict": payload}))
+    else:
+        content = {"state_dict": payload} if place == "weights" else {"state_dict": {}, "args": metaseq_args(x=payload)}
+        torch.save(content, file, _use_new_zipfile_serialization=place != "old format")
+    said = refused(capsys, file)
+    if place != "plain pickle":  # which torch.save never wrote
+        assert "asks for posix.system" in said and "was not loaded" in said and "safetensors" in said
+    assert not marker.exists()
+
+
+def test_the_process_that_reads_pickles_has_no_network(tmp_path: Path):
+    """Where the system lets it leave: a socket that listens here is out of its reach."""
+    program = ROOT / "jam" / "convert" / "unpickle.py"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        script = (
+            "import runpy, socket\n"
+            f"gone = runpy.run_path({str(program)!r})['leave_network']()\n"
+            "try:\n"
+            f"    socket.create_connection(('127.0.0.1', {port}), 2)\n"
+            "    print(gone, True)\n"
+            "except OSError:\n"
+            "    print(gone, False)\n"
+        )
+        said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert said in (["True", "False"], ["False", "True"])
+
+
+def test_the_process_that_reads_pickles_writes_no_files(tmp_path: Path):
+    program = ROOT / "jam" / "convert" / "unpickle.py"
+    script = (
+        f"import runpy\nrunpy.run_path({str(program)!r})['write_no_files']()\n"
+        f"open({str(tmp_path / 'x')!r}, 'wb', 0).write(b'x')\n"
+    )
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False).stderr
+    assert "File too large" in said and not (tmp_path / "x").read_text()
+    assert "jam" not in {name.split(".")[0] for name in runpy.run_path(str(program))}
+
+
+def test_damaged_pickles_are_refused(tmp_path: Path, capsys):
+    write_vqgan(tmp_path / "in")
+    whole = (tmp_path / "in" / "vqgan.ckpt").read_bytes()
+    for number, content in enumerate((whole[: len(whole) // 2], whole[:3], b"", b"no pickle at all")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "vqgan.ckpt").write_bytes(content)
+        said = refused(capsys, folder / "vqgan.ckpt")
+        assert "cannot be read as a pickle of weights" in said and "truncated, damaged or none" in said
+
+
+def test_a_reader_that_dies_is_one_line(tmp_path: Path):
+    write_vqgan(tmp_path)
+    with Pickles([tmp_path / "vqgan.ckpt"]) as pickles:
+        tensor = pickles.state()["encoder.conv_in.weight"]
+        pickles._process.send_signal(signal.SIGKILL)
+        with pytest.raises(
+            CheckpointError, match=r"vqgan\.ckpt: the process that reads pickles stopped .*signal 9"
+        ) as e:
+            pickles.raw(tensor)
+    assert "\n" not in str(e.value)
+
+
+def test_settings_and_weights_must_be_of_one_tokenizer(tmp_path: Path):
+    network = write_vqgan(tmp_path)
+    state = network.state_dict()
+    variants = {
+        "whole": state,
+        "missing": {name: tensor for name, tensor in state.items() if name != "quant_conv.bias"},
+        "foreign": state | {"encoder.more.weight": torch.ones(2)},
+        "gumbel": state | {"quantize.embed.weight": torch.ones(2)},
+        "nan": state | {"quant_conv.bias": torch.full((4,), torch.nan)},
+        "whole numbers": state | {"quant_conv.bias": torch.ones(4, dtype=torch.int8)},
+        "no decoder": {name: tensor for name, tensor in state.items() if not name.startswith("decoder.")},
+    }
+    for name, content in variants.items():
+        torch.save({"state_dict": content}, tmp_path / f"{name}.ckpt")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    settings = tmp_path / "vqgan.yaml"
+
+    def said(action: Callable) -> str:
+        with pytest.raises(CheckpointError) as error:
+            action()
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    with Pickles([tmp_path / f"{name}.ckpt" for name in (*variants, "list")]) as pickles:
+        numbers = {name: number for number, name in enumerate(variants)}
+        assert "tensor quant_conv.bias is missing, and [4]" in said(
+            lambda: read_vqgan(pickles, numbers["missing"], settings)
+        )
+        assert "encoder.more.weight is [2], and not there" in said(
+            lambda: read_vqgan(pickles, numbers["foreign"], settings)
+        )
+        assert "Gumbel quantizer" in said(lambda: read_vqgan(pickles, numbers["gumbel"], settings))
+        assert "no table of named tensors" in said(lambda: pickles.state(len(numbers)))
+        for name, message in (("nan", "NaN or infinite"), ("whole numbers", "quant_conv.bias is torch.int8")):
+            tensor = pickles.state(numbers[name])["quant_conv.bias"]
+            assert message in said(lambda tensor=tensor: pickles.raw(tensor))
+        assert not read_vqgan(pickles, numbers["no decoder"], settings).config.decoder
+        assert "encoder only" in read_vqgan(pickles, numbers["no decoder"], settings).note
+        assert "names 8 image tokens" in said(lambda: read_vqgan(pickles, 0, settings, np.arange(8)))
+        for params, message in (
+            ({"embed_dim": 4, "n_embed": 16}, "ddconfig is missing"),
+            ({"embed_dim": 4, "n_embed": 8, "ddconfig": DDCONFIG}, "quantize.embedding.weight is [16, 4], and [8, 4]"),
+            ({"embed_dim": 4, "n_embed": 16, "ddconfig": DDCONFIG | {"ch": 33}}, "sizes of no network"),
+        ):
+            write_yaml(tmp_path / "other.yaml", params)
+            assert message in said(lambda: read_vqgan(pickles, 0, tmp_path / "other.yaml"))
+        for text, message in (("a: [", "cannot be read as YAML"), ("- 1", "holds a list")):
+            (tmp_path / "other.yaml").write_text(text)
+            assert message in said(lambda: read_vqgan(pickles, 0, tmp_path / "other.yaml"))
+
+
+def test_sources_and_outputs_that_do_not_do(tmp_path: Path, capsys):
+    write_vqgan(tmp_path / "in")
+    source = tmp_path / "in" / "vqgan.ckpt"
+    assert "no such file or folder" in refused(capsys, tmp_path / "in" / "absent.ckpt")
+    (tmp_path / "empty").mkdir()
+    assert "0 pickles" in refused(capsys, tmp_path / "empty")
+    assert "models and tokenizer are required" in refused(capsys, tmp_path / "empty", "--kind", "chameleon")
+    assert "no pytorch_model.bin" in refused(capsys, tmp_path / "empty", "--kind", "transformers")
+    (tmp_path / "in" / "second.yaml").write_text("{}")
+    (tmp_path / "in" / "vqgan.yaml").rename(tmp_path / "in" / "first.yaml")
+    assert "2 yaml files beside it" in refused(capsys, source)
+    (tmp_path / "in" / "out").mkdir()
+    (tmp_path / "in" / "out" / "file").write_text("mine")
+    assert "not empty" in refused(capsys, source)
+    assert (tmp_path / "in" / "out" / "file").read_text() == "mine"
+    assert main(["convert", str(tmp_path / "in"), "--out", str(tmp_path / "in" / "new")]) == 2
+    assert "lies inside the source" in capsys.readouterr().err
+
+
+def rewrite(file: Path, change: Callable[[dict], object]) -> None:
+    content = torch.load(file, weights_only=True)
+    change(content)
+    torch.save(content, file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "tokenizer" / "vqgan.ckpt").unlink(), "vqgan.ckpt: no such file"),
+        (lambda f: (f / "models/7b/consolidated.00.pth").unlink(), "shards [1]; all from 0 on"),
+        (lambda f: (f / "models/7b/consolidated.01.pth").unlink(), "wq is [16, 32] over 1 shards"),
+        (lambda f: (f / "models/7b/params.json").write_text('{"dim": 32}'), "n_heads is None"),
+        (lambda f: edit_json(f / "models/7b/params.json", {"model.n_layers": 3}), "layers.3.attention.k_normal"),
+        (lambda f: edit_json(f / "models/7b/params.json", {"model.n_layers": 5}), "no tensor layers.4.attention.wq"),
+        (lambda f: edit_json(f / "models/7b/params.json", {"model.n_heads": 2}), "a head is 16 wide"),
+        (lambda f: edit_json(f / "tokenizer/text_tokenizer.json", {"model.vocab.IMGIMGAZ": 20}), ""),
+    ],
+)
+def test_a_chameleon_whose_parts_do_not_fit_is_refused(tmp_path: Path, capsys, change: Callable, message: str):
+    write_chameleon(tmp_path / "in", 2)
+    change(tmp_path / "in")
+    assert message in refused(capsys, tmp_path / "in")
+
+
+def test_norms_that_differ_between_shards_are_averaged_and_counted(tmp_path: Path, capsys):
+    write_chameleon(tmp_path / "in", 2)
+    file = tmp_path / "in/models/7b/consolidated.01.pth"
+    first = torch.load(tmp_path / "in/models/7b/consolidated.00.pth", weights_only=True)["norm.weight"]
+    rewrite(file, lambda state: state["norm.weight"].add_(1.0))
+    assert main(["convert", str(tmp_path / "in/models/7b"), "--out", str(tmp_path / "out")]) == 0
+    assert "1 norms that differed between shards averaged" in capsys.readouterr().err
+    from jam.checkpoint import open_checkpoint
+
+    assert np.allclose(open_checkpoint(tmp_path / "out").read("model.norm.weight"), first.numpy() + 0.5)
+
+
+def test_metaseq_networks_that_opt_is_not_are_refused(tmp_path: Path):
+    model = network_class("opt")(tiny_config("opt", vocab_size=60))
+    randomize(model, 1)
+    state = metaseq_parts(model, 1, True)[0]
+    cases = {
+        "no_scale_embedding is False": {"model": state, "args": metaseq_args(no_scale_embedding=False)},
+        "no_scale_embedding is None": {"model": state},
+        "alibi is True": {"model": state, "args": metaseq_args(alibi=True)},
+        "decoder_attention_heads is None": {"model": state, "args": metaseq_args(decoder_attention_heads=None)},
+        "activation_fn is 'swish'": {"model": state, "args": metaseq_args(activation_fn="swish")},
+        "tensor decoder.alibi is no part": {"model": state | {"decoder.alibi": torch.ones(2)}, "args": metaseq_args()},
+        "many weights in one vector": {"model": {"decoder.flat_param_0": torch.ones(9)}, "args": metaseq_args()},
+        "share no table": {"model": state, "args": metaseq_args(share_decoder_input_output_embed=False)},
+    }
+    for number, content in enumerate(cases.values()):
+        torch.save(content, tmp_path / f"{number}.pt")
+    with Pickles([tmp_path / f"{number}.pt" for number in range(len(cases))]) as pickles:
+        for number, message in enumerate(cases):
+            with pytest.raises(CheckpointError) as error:
+                read_metaseq(pickles, None, [number])
+            assert message in str(error.value) and "\n" not in str(error.value)
+        given = {"decoder_attention_heads": 4, "no_scale_embedding": True}
+        assert read_metaseq(pickles, given, [1]).config["num_attention_heads"] == 4
+
+
+def test_parts_and_tokenizers_of_metaseq_must_fit(tmp_path: Path, capsys):
+    model = network_class("opt")(tiny_config("opt", vocab_size=60))
+    randomize(model, 1)
+    parts = metaseq_parts(model, 2, True)
+    parts[1]["decoder.embed_positions.weight"] += 1
+    (tmp_path / "in").mkdir()
+    for number, state in enumerate(parts):
+        torch.save({"model": state, "args": metaseq_args()}, tmp_path / "in" / f"reshard-model_part-{number}.pt")
+    assert "embed_positions.weight differs between parts" in refused(capsys, tmp_path / "in")
+    (tmp_path / "in/reshard-model_part-0.pt").unlink()
+    assert "parts [1]; all from 0 on" in refused(capsys, tmp_path / "in")
+    (tmp_path / "in/reshard-model_part-0-shard0.pt").write_bytes(b"")
+    assert "a piece of a tensor-parallel part" in refused(capsys, tmp_path / "in")
+    words, merges = tmp_path / "vocab.json", tmp_path / "merges.txt"
+    merges.write_text("")
+    words.write_text(json.dumps({"a": 0, "b": 1}))
+    with pytest.raises(CheckpointError, match="0 to 3 are required"):
+        make_tokenizer((words, merges), 60)
+    words.write_text(json.dumps({"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "a": 4}))
+    with pytest.raises(CheckpointError, match="5 tokens, the model has 4 rows"):
+        make_tokenizer((words, merges), 4)
+    merges.write_text("a b c d\n")
+    with pytest.raises(CheckpointError, match="damaged"):
+        make_tokenizer((words, merges), 60)
+
+
+def test_bins_with_whole_numbers_or_twice_the_same_name_are_refused(tmp_path: Path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    torch.save({"w": torch.ones(2, dtype=torch.int64)}, folder / "pytorch_model.bin")
+    assert "tensor w is torch.int64" in refused(capsys, folder)
+    (folder / "pytorch_model.bin").unlink()
+    for name in ("a.bin", "b.bin"):
+        torch.save({"w": torch.ones(2)}, folder / name)
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text('{"weight_map": {"w": "a.bin", "v": "b.bin"}}')
+    assert "is in a.bin too" in refused(capsys, folder)
+    index.write_text('{"weight_map": {"w": "../a.bin"}}')
+    assert "names ../a.bin, which is not there" in refused(capsys, folder)
