@@ -86,7 +86,8 @@ def adopt_vocabulary(folder: Path, config: dict) -> Vocabulary:
 def special_ids(folder: Path, config: dict, words: dict[str, int]) -> dict[str, int]:
     """bos, eos and pad as the tokenizer's settings name them, else as the configuration numbers them.
 
-    A pad token that is another one's id (a common stand-in) is left out: its row is trained.
+    A pad token that is another one's id (a common stand-in) is left out: its row is trained. OPT begins and ends with
+    one token.
     """
     settings = folder / "tokenizer_config.json"
     try:
@@ -102,6 +103,7 @@ def special_ids(folder: Path, config: dict, words: dict[str, int]) -> dict[str, 
         else:
             index = config.get(f"{name}_token_id")
             index = index[0] if isinstance(index, list) and index else index
-        if isinstance(index, int) and 0 <= index < config["vocab_size"] and index not in found.values():
+        inside = isinstance(index, int) and 0 <= index < config["vocab_size"]
+        if inside and not (name == "pad" and index in found.values()):
             found[name] = index
     return found

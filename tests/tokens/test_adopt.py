@@ -39,6 +39,10 @@ def test_an_end_that_is_not_marked_special_is_a_control(folder: Path):
     assert found.controls["eos"] == 100 and Span("control", 100, 101) in found.spans
 
 
+def test_one_token_may_begin_and_end(folder: Path):
+    assert adopt_vocabulary(folder, CONFIG | {"bos_token_id": 2}).controls == {"bos": 2, "eos": 2}
+
+
 def test_a_file_of_ours_wins(folder: Path):
     (folder / "config.json").write_text(json.dumps(CONFIG))
     save_file({"x": np.zeros(1, np.float32)}, folder / "model.safetensors")
