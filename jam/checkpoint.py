@@ -9,7 +9,7 @@ Bounded memory: nothing here holds more than the rows asked for. No pickle is ev
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from math import prod
@@ -19,27 +19,11 @@ import numpy as np
 
 from jam.errors import CheckpointError
 from jam.floats import STORED, all_finite, not_finite, to_float32
+from jam.header import TensorInfo, read_header, shown, unique_keys
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BLOCK = 1 << 17  # elements that a streaming step reads at once: as float32 they stay in a core's cache
-_MAX_HEADER = 100 << 20  # the format's own limit
-_ITEM_BYTES = {
-    **{name: dtype.itemsize for name, dtype in STORED.items()},
-    **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4},
-    **{"U64": 8, "I64": 8},
-}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies: ``begin`` and ``end`` are byte offsets in ``file``."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    begin: int
-    end: int
+_QUANTISED = ("F8", "I8", "U8", "I16", "U16", "I32", "U32")  # types that packed weights are kept in
 
 
 @dataclass(frozen=True)
@@ -151,15 +135,16 @@ def row_blocks(shape: Sequence[int], elements: int = BLOCK) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises CheckpointError when the file is missing, damaged, or holds something else."""
+def read_json(path: Path, hook: Callable[[list], dict] | None = None) -> dict:
+    """A JSON object; ``hook`` as json's ``object_pairs_hook``. Raises CheckpointError when the file is missing,
+    damaged, or holds something else."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=hook)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path.parent}: no {path.name}; a whole checkpoint folder is required, restore it"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}; the file cannot be read as JSON, restore it") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: holds a {type(raw).__name__}; a JSON object is required, restore the file")
@@ -184,7 +169,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: the folder, config.json or a shard is missing; a shard is shorter or longer than its header
-            says; a header does not parse; an index and its shards disagree; only pickle weights are there.
+            says; a header does not parse; an index and its shards disagree; a file is a link out of the folder; only
+            pickle weights are there.
     """
     path = Path(path)
     if not path.is_dir():
@@ -194,9 +180,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"{path}: no config.json, and weights as pickles ({pickles[0]}); a folder of safetensors is required, make "
             f"one with `jam convert {path} --out FOLDER`"
         )
+    check_place(path, path / "config.json")
     config = read_json(path / "config.json")
     tensors: dict[str, TensorInfo] = {}
     for file in _weight_files(path):
+        check_place(path, file)
         for info in read_header(file):
             if info.name in tensors:
                 raise CheckpointError(
@@ -220,12 +208,12 @@ def _weight_files(path: Path) -> list[Path]:
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]
     if (path / INDEX).is_file():
-        mapping = read_json(path / INDEX).get("weight_map")
-        if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
-            raise CheckpointError(f"{path / INDEX}: no weight_map of tensor to shard; restore the index")
+        mapping = _weight_map(path)
+        if foreign := [name for name in mapping.values() if not _is_file_name(name)]:
+            raise CheckpointError(
+                f"{path / INDEX}: shard {shown(foreign[0])} lies outside the folder or is no name; restore the index"
+            )
         files = [path / name for name in sorted(set(mapping.values()))]
-        if foreign := [file.name for file in files if file.parent != path]:
-            raise CheckpointError(f"{path / INDEX}: shard {foreign[0]} lies outside the folder; restore the index")
         if missing := [file.name for file in files if not file.is_file()]:
             raise CheckpointError(
                 f"{path}: {len(missing)} of {len(files)} shards are missing, the first is {missing[0]}; "
@@ -240,50 +228,63 @@ def _weight_files(path: Path) -> list[Path]:
     raise CheckpointError(f"{path}: neither {WEIGHTS} nor {INDEX}; a checkpoint with weights is required, restore them")
 
 
+def _weight_map(path: Path) -> dict[str, str]:
+    check_place(path, path / INDEX)
+    mapping = read_json(path / INDEX, unique_keys).get("weight_map")
+    if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
+        raise CheckpointError(f"{path / INDEX}: no weight_map of tensor to shard; restore the index")
+    return mapping
+
+
+def _is_file_name(name: str) -> bool:
+    return name.isprintable() and name == Path(name).name and name not in ("", "..")
+
+
+def check_place(folder: Path, file: Path) -> None:
+    """Raises CheckpointError for a file of a checkpoint that is a link to a place outside of the folder.
+
+    A model from elsewhere could so bring a file of this machine into a result that is then published. The hub's cache
+    is the one exception: its ``snapshots/<revision>`` hold links into the ``blobs`` of the same repository.
+    """
+    root, target = folder.resolve(), file.resolve()
+    if target.is_relative_to(root):
+        return
+    for snapshot in (root, *root.parents):
+        if snapshot.parent.name == "snapshots" and target.is_relative_to(snapshot.parent.parent / "blobs"):
+            return
+    raise CheckpointError(
+        f"{file}: a link to {target}, outside of the checkpoint's folder; files of its own are required, copy it there"
+    )
+
+
+def check_floats(checkpoint: Checkpoint, ignored: tuple[str, ...] = ()) -> None:
+    """Raises CheckpointError for a quantised checkpoint, whose stored numbers are not its weights.
+
+    Args:
+        ignored: endings of tensors that are no weights.
+    """
+    packed = [info for info in checkpoint.tensors.values() if info.dtype.startswith(_QUANTISED)]
+    packed = [info for info in packed if not info.name.endswith(ignored)]
+    if packed:
+        found = f"tensor {packed[0].name} is {packed[0].dtype}"
+    elif checkpoint.config.get("quantization_config"):
+        found = "config.json has a quantization_config"
+    else:
+        return
+    raise CheckpointError(
+        f"{checkpoint.path}: {found}: the weights are quantised; plain {', '.join(STORED)} are required, dequantize "
+        "the checkpoint or use the one it was made from"
+    )
+
+
 def _check_index(path: Path, tensors: dict[str, TensorInfo]) -> None:
-    mapping = read_json(path / INDEX)["weight_map"]
+    mapping = _weight_map(path)
     for name, shard in mapping.items():
         if name not in tensors or tensors[name].file.name != shard:
-            raise CheckpointError(f"{path / shard}: no tensor {name}, which {INDEX} puts there; fetch the shard again")
+            raise CheckpointError(
+                f"{path / shard}: no tensor {shown(name)}, which {INDEX} puts there; fetch the shard again"
+            )
     if extra := next((name for name in tensors if name not in mapping), None):
         raise CheckpointError(
             f"{tensors[extra].file}: tensor {extra} is not in {INDEX}; fetch the whole checkpoint again"
         )
-
-
-def read_header(file: Path) -> list[TensorInfo]:
-    """The tensors of one safetensors file, proven to lie inside it without a gap.
-
-    Raises:
-        CheckpointError: damaged header, unknown type, or a file of another size than the header implies.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise CheckpointError(
-                f"{file}: {size} bytes, shorter than its header of {length} bytes; the file is truncated or no "
-                "safetensors file, fetch it again"
-            )
-        text = stream.read(length)
-    try:
-        raw = json.loads(text)
-        raw.pop("__metadata__", None)
-        infos = []
-        for name, entry in raw.items():
-            shape = tuple(int(side) for side in entry["shape"])
-            begin, end = entry["data_offsets"]
-            infos.append(TensorInfo(name, str(entry["dtype"]), shape, file, 8 + length + begin, 8 + length + end))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: bad safetensors header ({error!r}); fetch the file again") from None
-    at = 8 + length
-    for info in sorted(infos, key=lambda info: (info.begin, info.end)):
-        if info.dtype not in _ITEM_BYTES:
-            raise CheckpointError(f"{file}: tensor {info.name} has unknown type {info.dtype}; save it as a float type")
-        if info.begin != at or info.end - info.begin != prod(info.shape) * _ITEM_BYTES[info.dtype]:
-            raise CheckpointError(f"{file}: tensor {info.name} has wrong offsets in the header; fetch the file again")
-        at = info.end
-    if size != at:
-        state = "truncated" if size < at else "damaged"
-        raise CheckpointError(f"{file}: {size} bytes, its header says {at}; the file is {state}, fetch it again")
-    return infos

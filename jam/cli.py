@@ -117,6 +117,9 @@ def merge(
     out: Annotated[
         Path | None, typer.Option(help="Folder to write; must not exist or be empty. Default: runs/merged-METHOD.")
     ] = None,
+    hash_files: Annotated[
+        bool, typer.Option("--hash", help="Record the SHA-256 of every input and output file in report.json.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
 ) -> None:
     """Fuse a text model and an image model into one checkpoint folder."""
@@ -130,6 +133,7 @@ def merge(
     given = [
         f"{key}={json.dumps(str(value), ensure_ascii=False)}" for key, value in options.items() if value is not None
     ]
+    given += ["hash=true"] if hash_files else []
     recipe = load_recipe(path, MergeRecipe, [*given, *overrides])
 
     from merge.run import run_merge

@@ -18,9 +18,10 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 
-from jam.checkpoint import INDEX, WEIGHTS, Checkpoint, TensorInfo, open_checkpoint, read_header, row_blocks
+from jam.checkpoint import INDEX, WEIGHTS, Checkpoint, open_checkpoint, row_blocks
 from jam.errors import CheckpointError
 from jam.floats import STORED, from_float32, not_finite, to_float32
+from jam.header import TensorInfo, read_header
 from jam.shards import ShardWriter, TensorSpec
 
 FORMAT = "jam-difference-1"

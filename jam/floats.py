@@ -25,7 +25,9 @@ def to_float32(stored: np.ndarray, dtype: str) -> np.ndarray:
     [1.0, -2.0]
     """
     if dtype == "BF16":
-        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        bits = stored.astype(np.uint32)
+        bits <<= np.uint32(16)
+        return bits.view(np.float32)
     with np.errstate(over="ignore"):  # the caller counts non-finite values and refuses them by name
         return stored.astype(np.float32)
 
@@ -61,7 +63,9 @@ def all_finite(stored: np.ndarray, dtype: str) -> bool:
     False
     """
     if dtype in _EXPONENT and stored.size:
-        return bool((stored.view(np.uint16) & np.uint16(0x7FFF)).max() < _EXPONENT[dtype])
+        # as whole numbers, positive infinity and NaN are the largest with a sign, negative ones the largest without
+        positive, negative = stored.view(np.int16).max(), stored.view(np.uint16).max()
+        return bool(positive < _EXPONENT[dtype] and negative < _EXPONENT[dtype] + 0x8000)
     return bool(np.isfinite(stored).all())
 
 

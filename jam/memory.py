@@ -6,6 +6,7 @@ anew every time: on the mini models a quarter of the step (docs/log.md, training
 
 import ctypes
 import platform
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # mallopt(3)
 
@@ -21,3 +22,13 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 * 2**20}
     return all([mallopt(option, value) == 1 for option, value in settings.items()])
+
+
+def anonymous_bytes() -> int | None:
+    """Memory of this process that no file backs, now; None where the kernel does not say (not Linux)."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon")]
+    return found[0] if found else None

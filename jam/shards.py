@@ -1,29 +1,34 @@
 """Writing checkpoint folders: tensors stream into safetensors shards, and the folder appears when whole.
 
-``ShardWriter`` fills the shards block of rows by block of rows in a temporary folder beside the target, puts everything
-on disk and renames the folder. Whatever ends the process before, nothing stands under the final name; the next
-writer of the same target removes what a killed one left. Knows nothing of models; torch is not imported.
+``ShardWriter`` fills the shards block of rows by block of rows in a hidden folder beside the target, puts everything
+on disk and renames the folder. Whatever ends the process before, nothing stands under the final name. The next writer
+of the same target goes on after the last whole shard if it does the same work, and else removes what a killed one left
+(``jam.journal``). Knows nothing of models; torch is not imported.
 """
 
-import contextlib
 import errno
 import glob
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
 
 from jam.checkpoint import WEIGHTS, Checkpoint, row_blocks, write_json
+from jam.digest import sha256_of
 from jam.errors import CheckpointError, JamError
 from jam.floats import STORED, all_finite, from_float32, not_finite
+from jam.journal import Journal, Lock, Shard, partial_folder
+from jam.shard_file import ShardFile
 
+SHARD_BYTES = 5_000_000_000  # a shard's greatest size; one tensor may be larger
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -44,31 +49,40 @@ class TensorSpec:
 class ShardWriter:
     """Streams tensors into a folder that appears under its name only when whole.
 
-    Use as a context manager; ``write`` takes the tensors in the order of ``specs``, each as consecutive blocks of rows;
-    other files go into ``folder``; ``finish`` checks, fsyncs and renames. Leaving without ``finish`` removes all.
+    Use as a context manager; ``write`` takes the tensors in the order of ``specs`` without those in ``written``, each
+    as consecutive blocks of rows; other files go into ``folder``; ``finish`` checks, fsyncs and renames. Leaving
+    without ``finish`` removes all; an interrupt under a ``key`` leaves whole shards for the next writer.
 
     Args:
         out: the final folder, which must not exist or be empty.
         specs: every tensor, in writing order.
         side_bytes: room that other files will need, for the check before the first byte.
+        key: names the work with everything that decides its bytes. Shards that a killed writer under the same key has
+            finished are kept, and their tensors are ``written``; None keeps nothing.
+        hashed: work out every shard's SHA-256 on a thread of its own; they are in ``digests`` after ``close``.
 
     Raises:
-        JamError: ``out`` is taken, or the disk is full or too small; nothing is left then.
+        JamError: ``out`` is taken, another process writes it, or the disk is full or too small.
     """
 
     out: Path
     specs: Sequence[TensorSpec]
-    shard_bytes: int = 5_000_000_000
+    shard_bytes: int = SHARD_BYTES
     side_bytes: int = 0
     weights_name: str = WEIGHTS
+    key: str | None = None
+    hashed: bool = False
     folder: Path = field(init=False)
+    written: set[str] = field(default_factory=set, init=False)
+    digests: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.out = Path(os.path.abspath(self.out))
         check_output(self.out)
-        self.folder = self.out.with_name(f".{self.out.name}.tmp-{os.getpid()}")
+        self.folder = partial_folder(self.out)
         self.shards = self._plan_shards()
-        self._file: BinaryIO | None = None
+        self._lock, self._journal = Lock(self.out), Journal(self.folder)
+        self._file: ShardFile | None = None
         self._queue = iter([(name, spec) for name, specs in self.shards.items() for spec in specs])
         self._shard, self._spec, self._rows = "", None, 0
 
@@ -88,29 +102,85 @@ class ShardWriter:
         return {f"{stem}-{at:05d}-of-{count:05d}.safetensors": group for at, group in enumerate(groups, 1)}
 
     def __enter__(self) -> "ShardWriter":
-        remove_stale(self.out)
-        needed = sum(spec.bytes for spec in self.specs) + self.side_bytes
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.out.parent).free
-        if needed > free:
-            raise self._full(needed, free)
-        self.folder.mkdir()
+        self._lock.acquire()
+        try:
+            check_output(self.out)  # another writer may have finished since
+            remove_stale(self.out)
+            kept = self._kept()
+            needed = self._bytes() + self.side_bytes
+            free = shutil.disk_usage(self.out.parent).free
+            if needed > free:
+                raise self._full(needed, free, f"{len(kept)} whole shards are kept" if kept else "nothing was written")
+            self.folder.mkdir(exist_ok=True)
+            if self.key is not None:
+                self._journal.start(self.key, kept)
+        except BaseException:
+            if self.folder.is_dir() and not self.written:
+                shutil.rmtree(self.folder)
+            self._lock.release()
+            raise
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk fails once more here; the bytes are given up anyway
-                self._file.close()
-        if self.folder.is_dir():
+    def _kept(self) -> list[Shard]:
+        """The shards that stay from a killed writer of the same work; everything else of it is removed."""
+        if not self.folder.is_dir():
+            return []
+        found = self._journal.read(self.key) if self.key is not None else None
+        if found is None:
+            print(f"{self.out}: other work under this name was left unfinished; starting anew", file=sys.stderr)
+        kept = [shard for shard in found or [] if shard.name in self.shards and self._holds(shard)]
+        if not kept:
             shutil.rmtree(self.folder)
-        if isinstance(error, OSError) and error.errno in _FULL:
-            needed = sum(spec.bytes for spec in self.specs) + self.side_bytes
-            raise self._full(needed, shutil.disk_usage(self.out.parent).free) from None
+            return []
+        names = {shard.name for shard in kept} | {self._journal.path.name}
+        for entry in self.folder.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name not in names:
+                entry.unlink()
+        self.written = {spec.name for shard in kept for spec in self.shards[shard.name]}
+        self.digests = {shard.name: shard.sha256 for shard in kept if shard.sha256 is not None}
+        queue = [item for item in self._queue if item[1].name not in self.written]
+        self._queue = iter(queue)
+        print(f"{self.out}: going on after {len(kept)} of {len(self.shards)} shards", file=sys.stderr)
+        return kept
 
-    def _full(self, needed: int, free: int) -> JamError:
+    def _holds(self, shard: Shard) -> bool:
+        """Whether a shard is the one planned; with its hash where hashes are wanted, which is then checked."""
+        header = _header(self.shards[shard.name])
+        file = self.folder / shard.name
+        if shard.bytes != len(header) + sum(spec.bytes for spec in self.shards[shard.name]):
+            return False
+        with file.open("rb") as stream:
+            if stream.read(len(header)) != header:
+                return False
+        return not self.hashed or shard.sha256 == sha256_of(file)
+
+    def _bytes(self) -> int:
+        """Bytes of the tensors that are still to be written."""
+        return sum(spec.bytes for spec in self.specs if spec.name not in self.written)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if self._file is not None:
+                self._file.drop()
+            if self.folder.is_dir():
+                if isinstance(error, (KeyboardInterrupt, SystemExit)) and self.key is not None and self.written:
+                    whole = sum(specs[-1].name in self.written for specs in self.shards.values())
+                    print(f"{self.folder}: {whole} whole shards are kept; the same command goes on", file=sys.stderr)
+                else:
+                    shutil.rmtree(self.folder)
+            if isinstance(error, OSError) and error.errno in _FULL:
+                needed = self._bytes() + self.side_bytes
+                raise self._full(needed, shutil.disk_usage(self.out.parent).free, "nothing is left") from None
+        finally:
+            self._lock.release()
+
+    def _full(self, needed: int, free: int, state: str) -> JamError:
         return JamError(
-            f"{self.out}: disk full, {needed} bytes are needed and {free} are free; "
-            "nothing was written, free space or choose another output folder"
+            f"{self.out}: disk full, {needed} bytes are needed and {free} are free; {state}, free space or choose "
+            "another output folder"
         )
 
     def write(self, name: str, rows: np.ndarray) -> None:
@@ -127,7 +197,7 @@ class ShardWriter:
         spec = self._current(name)
         assert stored.shape[1:] == spec.shape[1:] and stored.ndim == len(spec.shape), (name, stored.shape, spec.shape)
         assert stored.dtype == STORED[spec.dtype], (name, stored.dtype, spec.dtype)
-        self._file.write(np.ascontiguousarray(stored).data)
+        self._file.append(np.ascontiguousarray(stored).reshape(-1).view(np.uint8).data)
         self._rows += len(stored) if spec.shape else 1
         if self._rows == (spec.shape[0] if spec.shape else 1):
             self._spec, self._rows = None, 0
@@ -143,17 +213,22 @@ class ShardWriter:
         if shard != self._shard:
             self._close_shard()
             self._shard = shard
-            self._file = (self.folder / shard).open("wb")
-            self._file.write(_header(self.shards[shard]))
+            self._file = ShardFile(self.folder / shard, self.hashed)
+            self._file.append(_header(self.shards[shard]))
 
     def _close_shard(self) -> None:
         if self._file is not None:
-            _fsync(self._file)
-            self._file.close()
+            sha256 = self._file.finish()
             self._file = None
+            if sha256 is not None:
+                self.digests[self._shard] = sha256
+            if self.key is not None:
+                _fsync_path(self.folder)
+                self._journal.add(Shard.of(self.folder / self._shard, sha256))
+            self.written |= {spec.name for spec in self.shards[self._shard]}
 
-    def finish(self) -> None:
-        """Everything to disk, then the folder under its name."""
+    def close(self) -> None:
+        """The last shard to disk, and the index: every tensor must have been written."""
         assert self._spec is None and next(self._queue, None) is None, "a tensor was not written whole"
         self._close_shard()
         if len(self.shards) > 1:
@@ -161,9 +236,14 @@ class ShardWriter:
             total = sum(spec.bytes for spec in self.specs)
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(mapping.items()))}
             write_json(self.folder / f"{self.weights_name}.index.json", index)
-        sync_tree(self.folder)
+
+    def finish(self) -> None:
+        """Everything to disk, then the folder under its name."""
+        self.close()
+        sync_tree(self.folder, self.shards)
+        self._journal.path.unlink(missing_ok=True)
         os.rename(self.folder, self.out)  # replaces an empty folder, fails on a filled one
-        _fsync_folder(self.out.parent)
+        _fsync_path(self.out.parent)
 
 
 def copy_tensors(source: Checkpoint, folder: Path, rows: Mapping[str, np.ndarray]) -> None:
@@ -250,22 +330,20 @@ def _header_of(sizes: Mapping[str, tuple[str, tuple[int, ...], int]]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def sync_tree(folder: Path) -> None:
-    """fsync every file and folder below ``folder``, itself included."""
-    for parent, _, files in os.walk(folder):
-        for name in files:
-            with open(os.path.join(parent, name), "rb") as file:
-                os.fsync(file.fileno())
-        _fsync_folder(Path(parent))
+def sync_tree(folder: Path, done: Collection[str] = ()) -> None:
+    """fsync every file and folder below ``folder``, itself included; files of the names in ``done`` are on disk.
+
+    Files are synced side by side: on a busy disk each waits for the file system's journal, and so they wait together.
+    """
+    folders = [Path(parent) for parent, _, _ in os.walk(folder)]
+    files = [file for parent in folders for file in parent.iterdir() if file.is_file() and file.name not in done]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(_fsync_path, files))
+        list(pool.map(_fsync_path, folders))
 
 
-def _fsync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _fsync_path(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

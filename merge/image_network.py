@@ -5,6 +5,7 @@ folder (``jam.layouts``), or the folder that the recipe names, which takes the p
 must stand for row k of the codebook; where an owner numbers codes otherwise, its rows are put in the order of the ids.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,7 @@ class ImageNetwork:
         """Into a new folder. Raises CheckpointError for NaN and infinity in what is written anew."""
         for file in self.files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_bytes((self.folder / file).read_bytes())
+            shutil.copyfile(self.folder / file, folder / file)
         if self.folder is None or self.order is not None:
             copy_tensors(self.source, folder, {} if self.order is None else {CODEBOOK: self.order})
 

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jam.checkpoint import Checkpoint
+from jam.checkpoint import Checkpoint, check_floats
 from jam.errors import CheckpointError
 from jam.layouts import open_model
 from jam.models.families import check_tensors, family_of
@@ -85,6 +85,7 @@ def read_parent(folder: Path, side: str, image_tokenizer: Path | None = None) ->
     model = open_model(folder)
     checkpoint, jam = model.checkpoint, model.jam
     family = family_of(checkpoint.config, str(folder))
+    check_floats(checkpoint, family.ignored)
     axes = check_tensors(checkpoint, family)
     sizes = family.sizes(checkpoint.config)
     if sizes.vocab != jam.vocabulary.size:

@@ -144,6 +144,8 @@ class MergeRecipe(Recipe):
         "alpha": "uniform.weight",
         "t": "uniform.weight",
         "random_seed": "seed",
+        "out_shard_size": "shard_bytes",
+        "max_shard_size": "shard_bytes",
         "cross_every": "cross.every",
         "layer_pairs": "cross.pairs",
         "lambda": "uniform.scale",
@@ -164,6 +166,12 @@ class MergeRecipe(Recipe):
     out: Path = Field(description="folder to write, which must not exist or be empty")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="type of the written tensors")
     seed: int = Field(0, ge=0, description="seed of newly made weights (cross blocks) and of what dare draws")
+    hash: bool = Field(False, description="record the SHA-256 of every input and output file in report.json")
+    shard_bytes: int = Field(
+        5_000_000_000,
+        ge=1,
+        description="greatest size of a weights file; a merge that was killed goes on after the last",
+    )
     uniform: UniformSection = Field(UniformSection(), description="choices of the uniform method")
     width: WidthSection = Field(WidthSection(), description="choices of the width method")
     cross: CrossSection = Field(CrossSection(), description="choices of the cross method")

@@ -2,37 +2,43 @@
 
 Stages: read both parents' headers; ask the method what stands in the way, and refuse with the methods that would work;
 plan; stream every job block by block through float32 to disk; write configuration, vocabulary, tokenizers, the resolved
-recipe, the report and a model card; rename. Same inputs, recipe and version give the same bytes.
+recipe, the report and a model card; rename. Same inputs, recipe and version give the same bytes, also when the merge
+was killed on the way and went on.
 """
 
+import hashlib
 import json
-import re
+import platform
 import shutil
 import sys
-from collections import deque
+import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
+from threading import Event
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from jam import __version__, assets
-from jam.checkpoint import row_blocks, write_json
+from jam.checkpoint import INDEX, check_place, write_json
+from jam.digest import sha256_of
 from jam.errors import CheckpointError, MergeError
 from jam.floats import SHORT
+from jam.journal import JOURNAL
 from jam.memory import keep_freed_memory
-from jam.models.family import HEAD
 from jam.recipe import dump_recipe
-from jam.shards import ShardWriter, TensorSpec, check_output, encode
+from jam.shards import ShardWriter, TensorSpec, check_output
 from merge import cross, uniform, width
+from merge.forecast import forecast
 from merge.image_network import FOLDER
-from merge.plan import Copy, Job, Parent, Plan, read_parent, token_ids
+from merge.plan import Parent, Plan, read_parent, token_ids
 from merge.recipe import MergeRecipe
+from merge.report import compact_json, existing, model_card, print_plan, report
+from merge.stream import stream
 from merge.union import Pair
+
+Files = dict[str, Path]  # name in a report -> where it lies
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -64,7 +70,8 @@ def run_merge(recipe: MergeRecipe, dry_run: bool = False) -> Path | None:
     """Fuse two parents as the recipe says.
 
     Args:
-        dry_run: print the fate of every tensor and row from headers alone, and write nothing.
+        dry_run: print the fate of every tensor and row, what is doubtful and what it will cost, and leave nothing
+            behind.
 
     Returns:
         The output folder, or None for a dry run.
@@ -75,9 +82,13 @@ def run_merge(recipe: MergeRecipe, dry_run: bool = False) -> Path | None:
         JamError: the disk is full.
     """
     plan, pair = make_plan(recipe)
-    network = pair.image.network
+    inputs = {side.side: parent_files(side) for side in pair.sides}
+    specs = [TensorSpec(job.name, SHORT[recipe.dtype], job.shape) for job in plan.jobs]
+    keep_freed_memory()  # blocks come and go thousands of times
     if dry_run:
-        _print_plan(plan, pair, recipe)
+        read = sum(path.stat().st_size for files in inputs.values() for path in files.values())
+        cost = forecast(plan, specs, read, existing(recipe.out), recipe.hash, time.process_time())
+        print_plan(plan, pair, recipe, cost)
         return None
     try:
         check_output(recipe.out)
@@ -86,20 +97,83 @@ def run_merge(recipe: MergeRecipe, dry_run: bool = False) -> Path | None:
     for parent in pair.sides:
         if recipe.out.resolve().is_relative_to(parent.path.resolve()):
             raise MergeError(f"{recipe.out}: lies inside the {parent.side} parent; choose a folder outside of it")
+    network = pair.image.network
     given = None if network is None else network.folder
     if given is not None and recipe.out.resolve().is_relative_to(given.resolve()):
         raise MergeError(f"{recipe.out}: lies inside the image tokenizer; choose a folder outside of it")
-    specs = [TensorSpec(job.name, SHORT[recipe.dtype], job.shape) for job in plan.jobs]
     side_files = _side_files(pair)
     side_bytes = sum(source.stat().st_size for source in side_files.values()) + (1 << 20)
     side_bytes += 0 if network is None else network.bytes
-    keep_freed_memory()  # blocks come and go thousands of times
-    with ShardWriter(recipe.out, specs, side_bytes=side_bytes) as writer:
-        _stream(plan, writer, recipe)
+    stop = Event()
+    with (
+        ShardWriter(
+            recipe.out,
+            specs,
+            shard_bytes=recipe.shard_bytes,
+            side_bytes=side_bytes,
+            key=plan_key(plan, inputs, recipe),
+            hashed=recipe.hash,
+        ) as writer,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        try:
+            # the inputs are hashed beside the stream, which reads them at the same time
+            paths = {path for files in inputs.values() for path in files.values()} if recipe.hash else set()
+            hashes = {path: pool.submit(sha256_of, path, stop) for path in sorted(paths)}
+            stream(plan, writer)
+            writer.close()
+            digests = {path: future.result() for path, future in hashes.items()}
+        finally:
+            stop.set()
+        record = report(plan, pair, recipe) | {"files": {side: _sizes(files) for side, files in inputs.items()}}
+        if recipe.hash:
+            record["sha256"] = {
+                side: {name: digests[path] for name, path in files.items()} for side, files in inputs.items()
+            }
         _write_side_files(plan, pair, recipe, side_files, writer.folder)
+        _write_report(record, writer, recipe)
         writer.finish()
     print(f"{recipe.out}: {plan.method} merge, {plan.parameters:,} parameters in {recipe.dtype}", file=sys.stderr)
     return recipe.out
+
+
+def parent_files(parent: Parent) -> Files:
+    """Every file of a parent that a merge reads. Raises CheckpointError for a link out of its folder."""
+    found = {info.file for info in parent.checkpoint.tensors.values()}
+    names = ("config.json", "jam.json", INDEX, *TOKENIZER_FILES)
+    found |= {parent.path / name for name in names if (parent.path / name).is_file()}
+    files = {file.relative_to(parent.path).as_posix(): (parent.path, file) for file in found}
+    if parent.network is not None:
+        folder = parent.network.folder
+        if folder is None:
+            found = {info.file for info in parent.network.source.tensors.values()}
+            files |= {file.relative_to(parent.path).as_posix(): (parent.path, file) for file in found}
+        else:
+            found = {file for file in folder.rglob("*") if file.is_file()}
+            # the parent's own folder may hold links to its siblings; one that the recipe names stands for itself
+            root = parent.path if folder.is_relative_to(parent.path) else folder
+            files |= {f"{FOLDER}/{file.relative_to(folder).as_posix()}": (root, file) for file in found}
+    for root, file in files.values():
+        check_place(root, file)
+    return {name: file for name, (_, file) in sorted(files.items())}
+
+
+def _sizes(files: Files) -> dict[str, int]:
+    return {name: path.stat().st_size for name, path in files.items()}
+
+
+def plan_key(plan: Plan, inputs: dict[str, Files], recipe: MergeRecipe) -> str:
+    """SHA-256 over all that decides a merge's bytes: versions, recipe, jobs, and every input file by its path, size and
+    time of change. The output's name is no part of it: the journal lies beside the output."""
+    stats = {str(path.resolve()): path.stat() for files in inputs.values() for path in files.values()}
+    parts = [
+        [__version__, np.__version__, platform.python_version()],
+        recipe.model_dump(mode="json", exclude={"out"}),
+        [[job.name, job.shape, job.rule.fate] for job in plan.jobs],
+        [dict(plan.figures), list(plan.notes)],
+        [[path, stat.st_size, stat.st_mtime_ns] for path, stat in sorted(stats.items())],
+    ]
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
 def make_plan(recipe: MergeRecipe) -> tuple[Plan, Pair]:
@@ -126,58 +200,6 @@ def fitting_methods(pair: Pair) -> list[str]:
     return found
 
 
-AHEAD = 4  # blocks computed before the first of them is written: bounds the memory, keeps both threads busy
-
-
-def _stream(plan: Plan, writer: ShardWriter, recipe: MergeRecipe) -> None:
-    """Every job through bounded memory, block by block in order; the bar counts bytes written and is shown on a
-    terminal only.
-
-    Two threads read and compute (numpy lets go of the interpreter), this one writes. A job's first block is computed
-    here: it settles what a rule works out once (a table's mean, a fitted map).
-    """
-    console = Console(stderr=True)
-    dtype = SHORT[recipe.dtype]
-    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    total = sum(spec.bytes for spec in writer.specs)
-    with (
-        Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress,
-        ThreadPoolExecutor(2) as pool,
-    ):
-        task = progress.add_task("merging", total=total)
-        waiting: deque[tuple[str, Future]] = deque()
-
-        def write_next() -> None:
-            name, stored = waiting.popleft()
-            block = stored.result()
-            writer.append(name, block)
-            progress.advance(task, block.nbytes)
-
-        try:
-            for job, spec in zip(plan.jobs, writer.specs, strict=True):
-                for number, block in enumerate(row_blocks(job.shape)):
-                    if number == 0:
-                        first: Future = Future()
-                        first.set_result(_block(job, spec, dtype, block))
-                        waiting.append((job.name, first))
-                    else:
-                        waiting.append((job.name, pool.submit(_block, job, spec, dtype, block)))
-                    if len(waiting) > AHEAD:
-                        write_next()
-            while waiting:
-                write_next()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _block(job: Job, spec: TensorSpec, dtype: str, block: slice) -> np.ndarray:
-    """A block of a job's rows as it is stored; a tensor that is copied in its own type is not converted."""
-    rule = job.rule
-    if isinstance(rule, Copy) and rule.parent.checkpoint.tensors[rule.tensor].dtype == dtype:
-        return rule.parent.checkpoint.finite(rule.tensor, block)
-    return encode(rule.rows(block), spec)
-
-
 def _side_files(pair: Pair) -> dict[Path, Path]:
     """Files that are copied: target inside the output -> source. Of two equal tokenizers the image parent's is taken,
     which names all joint controls, else the text parent's; a chat template comes from the text parent if it has one."""
@@ -192,7 +214,7 @@ def _side_files(pair: Pair) -> dict[Path, Path]:
 def _write_side_files(plan: Plan, pair: Pair, recipe: MergeRecipe, files: dict[Path, Path], folder: Path) -> None:
     for target, source in files.items():
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
-        (folder / target).write_bytes(source.read_bytes())
+        shutil.copyfile(source, folder / target)
     if pair.image.network is not None:
         pair.image.network.write(folder / FOLDER)
     write_json(folder / "config.json", plan.config)
@@ -200,113 +222,17 @@ def _write_side_files(plan: Plan, pair: Pair, recipe: MergeRecipe, files: dict[P
     write_json(folder / "generation_config.json", ids)
     plan.jam.write(folder)
     (folder / "merge.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    (folder / "report.json").write_text(compact_json(report(plan, pair, recipe)), encoding="utf-8")
     (folder / "README.md").write_text(model_card(plan, pair), encoding="utf-8")
 
 
-def report(plan: Plan, pair: Pair, recipe: MergeRecipe) -> dict:
-    """Where everything comes from: parents, every tensor's fate, every vocabulary row's source."""
-    return {
-        "format": 1,
-        "jam": __version__,
-        "method": plan.method,
-        "parents": {
-            side.side: {
-                "folder": side.path.name,
-                "family": side.family.model_type,
-                "identity": side.checkpoint.identity(),
-                "dtypes": list(side.checkpoint.dtypes),
-                "parameters": side.checkpoint.parameters,
-            }
-            for side in pair.sides
-        },
-        "preserves": plan.preserves,
-        "notes": list(plan.notes),
-        "dtype": recipe.dtype,
-        "parameters": plan.parameters,
-        "settings": dict(plan.figures) | plan.measured(),
-        "text_rows_of_image_parent": pair.union.figures(),
-        "image_tokenizer": None if pair.image.network is None else pair.image.network.origin,
-        "rows": dict(plan.rows),
-        "tensors": {job.name: {"shape": list(job.shape), "from": job.rule.fate} for job in plan.jobs},
-        "inputs": {side.side: input_fates(plan, side) for side in pair.sides},
+def _write_report(record: dict, writer: ShardWriter, recipe: MergeRecipe) -> None:
+    """report.json, which knows every other file of the output but the recipe: that one names the output folder, and
+    the same merge under another name has the same report."""
+    files = {
+        file.relative_to(writer.folder).as_posix(): file for file in sorted(writer.folder.rglob("*")) if file.is_file()
     }
-
-
-def input_fates(plan: Plan, parent: Parent) -> dict[str, str]:
-    """Every tensor of a parent's files: where in the result it went, or why it is left out."""
-    used: dict[str, list[str]] = {}
-    for job in plan.jobs:
-        for side, tensor in job.rule.sources:
-            if side == parent.side:
-                used.setdefault(tensor, []).append(job.name)
-    fates = {}
-    for name, info in parent.checkpoint.tensors.items():
-        if name in used:
-            fates[info.name] = f"to {', '.join(used[name])}"
-        elif name in parent.axes:
-            fates[info.name] = "left out: a shared table and head take its place"
-        elif name == HEAD:
-            fates[info.name] = (
-                "left out: the configuration ties the head to the table, and transformers ignores this copy"
-            )
-        else:
-            fates[info.name] = "left out: a buffer that transformers computes anew"
-    if parent.passengers is not None:
-        kept = parent.side == "image" and parent.network.source is parent.passengers
-        for name, info in parent.passengers.tensors.items():
-            fates[info.name] = parent.network.fate(name) if kept else "left out: another image tokenizer is taken"
-    return fates
-
-
-def compact_json(value: dict) -> str:
-    """Indented JSON with the innermost lists and ranges on one line each."""
-    text = json.dumps(value, indent=1, ensure_ascii=False)
-    return re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), text) + "\n"
-
-
-def model_card(plan: Plan, pair: Pair) -> str:
-    """README.md of the result."""
-    automatic = plan.method != "cross" and pair.image.family.automatic
-    load = "AutoModelForCausalLM.from_pretrained(folder)" if automatic else "jam.models.load.load_bundle(Path(folder))"
-    lines = ["---", "library_name: transformers", "pipeline_tag: any-to-any", "tags: [jam, merge]", "---", ""]
-    lines += [f"# {plan.method} merge", ""]
-    for side in pair.sides:
-        count = f"{side.checkpoint.parameters:,}"
-        lines += [f"* {side.side} parent: `{side.path.name}`, {side.family.model_type}, {count} parameters"]
-    lines += [
-        f"* result: `{plan.config['architectures'][0]}`, {plan.parameters:,} parameters, {plan.config['dtype']}",
-        "",
-    ]
-    lines += [f"Preserved: {plan.preserves}.", ""]
-    lines += [f"* {note}" for note in plan.notes]
-    lines += ["", f"Load with `{load}`. The weights are an initialisation: continue training before use.", ""]
-    lines += ["`merge.yaml` is the recipe, `report.json` says where every tensor and vocabulary row came from.", ""]
-    return "\n".join(lines)
-
-
-def _print_plan(plan: Plan, pair: Pair, recipe: MergeRecipe) -> None:
-    """The dry run's page, on stdout."""
-    size = plan.parameters * (4 if recipe.dtype == "float32" else 2)
-    place = next(folder for folder in (recipe.out.absolute(), *recipe.out.absolute().parents) if folder.is_dir())
-    print(f"{plan.method} merge to {recipe.out}: {plan.parameters:,} parameters, {size:,} bytes of {recipe.dtype}")
-    print(f"disk: {shutil.disk_usage(place).free:,} bytes are free")
-    print(f"preserves: {plan.preserves}")
-    for note in plan.notes:
-        print(f"note: {note}")
-    for side in pair.sides:
-        print(f"from the {side.side} parent {side.path}:")
-        shapes = side.stored_shapes()
-        for name, fate in input_fates(plan, side).items():
-            print(f"  {name} {list(shapes[name])}: {fate}")
-    print("tensors of the result:")
-    for job in plan.jobs:
-        print(f"  {job.name} {_shape(job)}: {job.rule.fate}")
-    for name, table in plan.rows.items():
-        print(f"rows, {name}: {', '.join(f'{count} {label}' for label, count in table['counts'].items())}")
-        for start, stop, label in table["ranges"]:
-            print(f"  [{start}, {stop}): {label}")
-
-
-def _shape(job: Job) -> str:
-    return f"[{', '.join(map(str, job.shape))}] = {prod(job.shape):,}"
+    del files[JOURNAL], files["merge.yaml"]
+    record["files"]["output"] = _sizes(files)
+    if recipe.hash:
+        record["sha256"]["output"] = {name: writer.digests.get(name) or sha256_of(path) for name, path in files.items()}
+    (writer.folder / "report.json").write_text(compact_json(record), encoding="utf-8")

@@ -67,21 +67,33 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def merge_kills(tmp: Path, points: int, seed: int) -> dict:
-    """Kills merges while they write; counts kills that hit, and outputs found absent."""
+    """Kills merges while they write, each going on where the last was killed; counts kills that hit, outputs found
+    absent, and runs that went on after whole shards."""
     text, image = tiny_pair(tmp / "parents", hidden_size=MERGE_WIDTH, ffn_dim=4 * MERGE_WIDTH, num_hidden_layers=4)
-    arguments = ("merge", "--method", "cross", "--text", str(text), "--image", str(image), "--out")
+    arguments = (
+        "merge",
+        "--method",
+        "cross",
+        "shard_bytes=4000000",
+        "--text",
+        str(text),
+        "--image",
+        str(image),
+        "--out",
+    )
     out = tmp / "out" / "fused"
     began = time.time()
     finish(start(*arguments, str(out)))
     whole, wanted = time.time() - began, digests(out)
     out.rename(tmp / "reference")  # the record names the output folder, so the same one is used throughout
-    draw, hits, absent = random.Random(seed), 0, 0
+    draw, hits, absent, resumed = random.Random(seed), 0, 0, 0
     for _ in range(points):
+        resumed += sum(1 for _ in out.parent.glob(".fused.partial/*.safetensors")) > 1
         process = start(*arguments, str(out))
         if draw.random() < 0.5:
             hits += kill_after(process, draw.uniform(0.2, 1.0) * whole)
         else:
-            hits += kill_in_write(process, out.parent, ".fused.tmp-*", draw.uniform(0, 0.1), 0)
+            hits += kill_in_write(process, out.parent, ".fused.partial", draw.uniform(0, 0.1), 0)
         if out.exists():
             assert digests(out) == wanted, "a killed merge left a folder that looks whole and is not"
             subprocess.run(["rm", "-rf", str(out)], check=True)
@@ -91,7 +103,7 @@ def merge_kills(tmp: Path, points: int, seed: int) -> dict:
     assert digests(out) == wanted
     left = [path.name for path in (tmp / "out").glob(".*")]
     assert not left, f"a later merge did not clear {left}"
-    return {"kills": points, "hit a running merge": hits, "output absent": absent}
+    return {"kills": points, "hit a running merge": hits, "output absent": absent, "went on": resumed}
 
 
 def training_recipe(tmp: Path, steps: int) -> Path:

@@ -156,6 +156,63 @@ def test_refuses_an_index_that_does_not_match_its_shards(tmp_path: Path):
         open_checkpoint(folder)
 
 
+def test_refuses_a_tensor_that_two_shards_hold(tmp_path: Path):
+    folder = sharded(tmp_path)
+    save_file({"a": torch.ones(3), "b": torch.zeros(2)}, folder / "two.safetensors")
+    with pytest.raises(CheckpointError, match=r"tensor a is in one\.safetensors and in two\.safetensors"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../two.safetensors", "/etc/passwd", "a\0b", "a\nb", "x/two.safetensors"]
+)
+def test_an_index_names_files_of_its_folder_alone(tmp_path: Path, name: str):
+    folder = sharded(tmp_path)
+    write_json(folder / INDEX, {"weight_map": {"a": "one.safetensors", "b": name}})
+    with pytest.raises(CheckpointError, match="lies outside the folder or is no name") as caught:
+        open_checkpoint(folder)
+    assert str(caught.value).isprintable()
+
+
+def test_refuses_an_index_with_a_tensor_twice(tmp_path: Path):
+    folder = sharded(tmp_path)
+    (folder / INDEX).write_text('{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}')
+    with pytest.raises(CheckpointError, match="a stands there twice"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS])
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, name: str):
+    folder = folder_with(tmp_path / "model", {"w": torch.ones(2)})
+    (tmp_path / "elsewhere").mkdir()
+    (folder / name).rename(tmp_path / "elsewhere" / name)
+    (folder / name).symlink_to(tmp_path / "elsewhere" / name)
+    with pytest.raises(CheckpointError, match=f"{name}: a link to .*elsewhere/{name}, outside of the"):
+        open_checkpoint(folder)
+
+
+def test_links_inside_the_folder_and_of_the_hub_cache_are_followed(tmp_path: Path):
+    """The hub's cache: snapshots/<revision>/<file> -> ../../blobs/<hash>."""
+    snapshot, blobs = tmp_path / "models--x--y/snapshots/abc", tmp_path / "models--x--y/blobs"
+    blobs.mkdir(parents=True)
+    folder_with(tmp_path / "made", {"w": torch.ones(2)})
+    (snapshot / "sub").mkdir(parents=True)
+    for number, name in enumerate(("config.json", WEIGHTS)):
+        (tmp_path / "made" / name).rename(blobs / str(number))
+        (snapshot / name).symlink_to(f"../../blobs/{number}")
+        (snapshot / "sub" / name).symlink_to(f"../../../blobs/{number}")
+    (tmp_path / "short").symlink_to(snapshot)
+    for folder in (snapshot, snapshot / "sub", tmp_path / "short"):
+        assert open_checkpoint(folder).read("w").tolist() == [1, 1]
+    other = tmp_path / "models--x--z/blobs"
+    other.mkdir(parents=True)
+    (blobs / "1").rename(other / "1")
+    (snapshot / WEIGHTS).unlink()
+    (snapshot / WEIGHTS).symlink_to(other / "1")
+    with pytest.raises(CheckpointError, match="outside of the"):
+        open_checkpoint(snapshot)
+
+
 def test_digest_sees_weights_and_identity_does_not(tmp_path: Path):
     first = open_checkpoint(folder_with(tmp_path / "a", {"w": torch.zeros(3)}))
     second = open_checkpoint(folder_with(tmp_path / "b", {"w": torch.ones(3)}))

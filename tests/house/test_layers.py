@@ -14,6 +14,10 @@ LAYERS: dict[str, int] = {
     "jam/floats": 1,
     "jam/checkpoint": 1,
     "jam/shards": 1,
+    "jam/digest": 1,
+    "jam/shard_file": 1,
+    "jam/header": 1,
+    "jam/journal": 1,
     "jam/difference": 1,
     "jam/document": 1,
     "jam/tokens": 1,
@@ -28,7 +32,19 @@ LAYERS: dict[str, int] = {
 }
 DOORS = 5  # everything else under jam/
 TORCH_FREE = (
-    *("jam/errors", "jam/recipe", "jam/recipe_tree", "jam/assets", "jam/checkpoint", "jam/shards", "jam/floats"),
+    *(
+        "jam/errors",
+        "jam/recipe",
+        "jam/recipe_tree",
+        "jam/assets",
+        "jam/checkpoint",
+        "jam/shards",
+        "jam/header",
+        "jam/digest",
+        "jam/journal",
+        "jam/shard_file",
+        "jam/floats",
+    ),
     "jam/layouts",
 )
 

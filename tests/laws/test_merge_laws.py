@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import load_file
 
 import jam.checkpoint
-import merge.run
+import merge.stream
 from jam.checkpoint import WEIGHTS
 from jam.errors import MergeError
 from jam.models.families import FAMILIES
@@ -258,7 +258,7 @@ def test_same_inputs_give_the_same_bytes_streamed_or_not(
     text, image = tiny_pair(tmp_path)
     sections = {"cross": {"tables": "shared"}} if more else {}
     found = [digests(fuse(text, image, tmp_path / "whole", method, dtype="bfloat16", **sections))]
-    monkeypatch.setattr(merge.run, "row_blocks", lambda shape: jam.checkpoint.row_blocks(shape, 100))
+    monkeypatch.setattr(merge.stream, "BLOCK", 100)
     found.append(digests(fuse(text, image, tmp_path / "streamed", method, dtype="bfloat16", **sections)))
     out = tmp_path / "process"
     parents = ["--text", str(text), "--image", str(image), "--out", str(out)]
@@ -277,3 +277,33 @@ def test_seed_changes_new_weights_only(tmp_path: Path):
     assert moved == {name for name in first if name.startswith("cross.") and "norm" not in name and "gate" not in name}
     gates = [tensor for name, tensor in first.items() if name.endswith("gate")]
     assert len(gates) == 4 and not np.concatenate(gates).any()
+
+
+def test_hashes_are_those_of_the_files(tmp_path: Path):
+    text, image = tiny_pair(tmp_path)
+    out = tmp_path / "out"
+    run_merge(MergeRecipe(method="cross", text=text, image=image, out=out, hash=True, shard_bytes=50_000))
+    report = json.loads((out / "report.json").read_text())
+    assert len(list(out.glob("model-*.safetensors"))) > 3
+    for side, folder in (("text", text), ("image", image), ("output", out)):
+        hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in report["sha256"][side]}
+        assert report["sha256"][side] == hashes and hashes.keys() == report["files"][side].keys()
+        names = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+        # the report cannot hold its own hash; the recipe names the output folder
+        assert names - hashes.keys() <= {"report.json", "merge.yaml", "generation_config.json"}
+        assert side != "output" or names - hashes.keys() == {"report.json", "merge.yaml"}
+    run_merge(MergeRecipe(method="cross", text=text, image=image, out=tmp_path / "plain"))
+    assert "sha256" not in json.loads((tmp_path / "plain/report.json").read_text())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_hash_seed_of_the_process_changes_no_byte(tmp_path: Path, method: str):
+    text, image = tiny_pair(tmp_path, image_merges=12)
+    found = []
+    for seed in ("0", "4242"):
+        out = tmp_path / seed / "out"
+        command = [sys.executable, "-m", "jam.cli", "merge", "--method", method, "--hash", "--text", str(text)]
+        command += ["--image", str(image), "--out", str(out)]
+        subprocess.run(command, check=True, cwd=ROOT, env={"PYTHONHASHSEED": seed})
+        found.append(digests(out))
+    assert len(found[0]) > 8 and found[0] == found[1]
