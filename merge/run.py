@@ -83,6 +83,8 @@ def run_merge(recipe: MergeRecipe, dry_run: bool = False) -> Path | None:
     """
     plan, pair = make_plan(recipe)
     inputs = {side.side: parent_files(side) for side in pair.sides}
+    if recipe.uniform.base is not None:
+        inputs["base"] = _top_files(recipe.uniform.base)
     specs = [TensorSpec(job.name, SHORT[recipe.dtype], job.shape) for job in plan.jobs]
     keep_freed_memory()  # blocks come and go thousands of times
     if dry_run:
@@ -156,6 +158,15 @@ def parent_files(parent: Parent) -> Files:
     for root, file in files.values():
         check_place(root, file)
     return {name: file for name, (_, file) in sorted(files.items())}
+
+
+def _top_files(folder: Path) -> Files:
+    """The files of an ancestor's folder that a merge can read."""
+    names = ("config.json", "jam.json", INDEX, *TOKENIZER_FILES)
+    found = [file for file in sorted(folder.iterdir()) if file.suffix == ".safetensors" or file.name in names]
+    for file in found:
+        check_place(folder, file)
+    return {file.name: file for file in found}
 
 
 def _sizes(files: Files) -> dict[str, int]:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file, save_file
 
 import jam.checkpoint
-import merge.run
+import merge.stream
 from jam.checkpoint import WEIGHTS
 from jam.errors import MergeError
 from merge.recipe import MergeRecipe, UniformSection
@@ -122,7 +122,7 @@ def test_blocks_change_no_bit(
     tmp_path: Path, family: tuple[Path, Path, Path], rule: str, monkeypatch: pytest.MonkeyPatch
 ):
     whole = fuse(family, tmp_path / "whole", rule, **RULES[rule])
-    monkeypatch.setattr(merge.run, "row_blocks", lambda shape: jam.checkpoint.row_blocks(shape, 100))
+    monkeypatch.setattr(merge.stream, "BLOCK", 100)
     streamed = fuse(family, tmp_path / "streamed", rule, **RULES[rule])
     assert all(whole[name].tobytes() == streamed[name].tobytes() for name in whole)
 
