@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jam.models.family import HEAD
-from merge.philox import words
+from merge.noise import NOISE
 from merge.plan import Copy, Job, Parent, Plan, Source, single_table_config, token_ids
 from merge.recipe import MergeRecipe
 from merge.rows import MEAN, Table, describe, tower_labels, tower_map
@@ -76,64 +76,6 @@ class Constant:
 
     def rows(self, block: slice) -> np.ndarray:
         return np.full((block.stop - block.start, *self.shape[1:]), self.value, np.float32)
-
-
-@dataclass(frozen=True)
-class Normal:
-    """A new matrix [rows, columns] of normal numbers, the same on every machine and for every block size.
-
-    A number is the sum of twelve 16-bit pieces of Philox words, centred and scaled (Irwin-Hall): whole-number
-    arithmetic and two roundings, where logarithms and cosines would depend on the machine. Its tails end at 6 standard
-    deviations.
-    """
-
-    shape: tuple[int, int]
-    std: float
-    seed: int
-    name: str
-
-    @property
-    def fate(self) -> str:
-        return f"new: normal, std {self.std:g}"
-
-    @property
-    def sources(self) -> tuple[Source, ...]:
-        return ()
-
-    def rows(self, block: slice) -> np.ndarray:
-        first, count = (rows * self.shape[1] for rows in (block.start, block.stop - block.start))
-        result = np.empty(count, np.float32)
-        for at in range(0, count, PIECE):
-            piece = result[at : at + PIECE]
-            drawn = words(self.seed, self.name, WORDS * (first + at), WORDS * len(piece))
-            total = _sums_of_twelve(drawn)
-            centred = (2 * total - 12 * 65535) / (2 * np.sqrt(np.float64(2**32 - 1)))  # variance 12 (65536^2 - 1) / 12
-            piece[:] = centred * self.std
-        return result.reshape(-1, self.shape[1])
-
-
-WORDS = 3  # 64-bit words for one number: twelve pieces of 16 bits
-PIECE = 1 << 15  # numbers that are made at once: their words stay in a core's cache
-
-
-def _sums_of_twelve(drawn: np.ndarray) -> np.ndarray:
-    """int64 [n]: the sum of the twelve 16-bit pieces of every three words of uint64 [3 n].
-
-    Pieces are added inside the words, two to a word of 32-bit lanes, which no sum of six overflows.
-
-    >>> _sums_of_twelve(np.array([0x0001_0002_0003_0004, 0, 0xFFFF_0000_0000_0000], np.uint64)).tolist()
-    [65545]
-    """
-    lanes = np.uint64(0x0000_FFFF_0000_FFFF)
-    pairs = drawn >> np.uint64(16)
-    pairs &= lanes
-    pairs += drawn & lanes
-    threes = pairs.reshape(-1, WORDS)
-    total = threes[:, 0] + threes[:, 1]
-    total += threes[:, 2]
-    total += total >> np.uint64(32)
-    total &= np.uint64(0xFFFF_FFFF)
-    return total.view(np.int64)
 
 
 @dataclass
@@ -284,7 +226,7 @@ def _block_jobs(at: int, own: Parent, other: Parent, recipe: MergeRecipe) -> Ite
         ("fc2", (width, inner)),
     ):
         full = f"{prefix}{name}.weight"
-        yield Job(full, shape, Normal(shape, recipe.cross.init_std, recipe.seed, full))
+        yield Job(full, shape, NOISE[recipe.cross.init](shape, recipe.cross.init_std, recipe.seed, full))
     yield Job(f"{prefix}gate", (1,), Constant((1,), 0.0))
 
 

@@ -105,6 +105,11 @@ class CrossSection(Section):
     )
     ffn_ratio: int = Field(4, ge=1, description="width of a cross block's feed-forward layer over its tower's width")
     init_std: float = Field(0.02, gt=0.0, description="standard deviation of the new cross blocks' weights")
+    init: Literal["quantiles", "sums"] = Field(
+        "quantiles",
+        description="how their normal numbers are drawn: quantiles of a table, or sums of twelve, which takes eight "
+        "times as long and is what the shipped models were merged with",
+    )
 
     @model_validator(mode="after")
     def _pairs_go_forward(self) -> "CrossSection":
