@@ -25,6 +25,7 @@ import jam.journal, jam.shards
 from jam.cli import main
 
 calls, at, number = 0, int(sys.argv[1]), int(sys.argv[2])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born ignoring it
 
 
 def deadly(function):
