@@ -19,7 +19,6 @@ from jam.errors import CheckpointError
 from jam.fetch import fetched
 
 RECIPE, DIFFERENCE = "merge.yaml", "difference.safetensors"
-NAMES = ("mini", "smollm2")
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,12 @@ def content_key(files: list[Path]) -> str:
 
 
 def model_folder(path: Path | None) -> Path:
-    """The folder that a user means: None is the default model, a bare name one of ``NAMES`` unless such a folder is
-    there. Raises as ``shipped_model``."""
+    """The folder that a user means: None is the default model, a bare name that of a shipped one unless such a folder
+    is there. Raises as ``shipped_model``."""
     if path is None:
         return shipped_model()
-    return shipped_model(str(path)) if str(path) in NAMES and not path.exists() else Path(path)
+    named = str(path) == "mini" or (str(path) == path.name and (assets.SHIPPED / path.name / DIFFERENCE).is_file())
+    return shipped_model(str(path)) if named and not path.exists() else Path(path)
 
 
 def shipped_model(name: str = "mini") -> Path:

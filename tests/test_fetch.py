@@ -126,6 +126,10 @@ def test_what_is_not_known_or_not_there_is_named(wheel, tmp_path):
 
 
 def test_a_shipped_model_asks_for_its_language_model(wheel, tmp_path, monkeypatch):
+    assert model_folder(Path("smollm2")) == Path("smollm2")  # no such model is shipped
+    (tmp_path / "shipped" / "smollm2").mkdir(parents=True)
+    (tmp_path / "shipped" / "smollm2" / "difference.safetensors").touch()
+    monkeypatch.setattr(assets, "SHIPPED", tmp_path / "shipped")
     with pytest.raises(CheckpointError, match="run: jam fetch smollm2"):
         model_folder(Path("smollm2"))
     monkeypatch.chdir(tmp_path)

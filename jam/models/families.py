@@ -306,7 +306,7 @@ FAMILIES: dict[str, Family] = {
         ),
         _gated(
             "chameleon",
-            "ChameleonForConditionalGeneration",
+            "ChameleonForCausalLM",
             (
                 *_attention("attention_bias", "attention_bias"),
                 *_head_norms(("head_count", "head_dim"), ("kv_head_count", "head_dim"), bias=True),

@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from jam.assets import CHAT, MINI, SHIPPED
 from jam.difference import write_difference
 from jam.recipe import dump_recipe, load_recipe
-from jam.shipped import NAMES
 from merge.recipe import MergeRecipe
 
 KEPT = (
@@ -81,7 +80,7 @@ def main() -> None:
     chat = verbs.add_parser("chat")
     chat.add_argument("--merged", type=Path, required=True)
     chat.add_argument("--run", type=Path, required=True, nargs="+", help="its runs, in order")
-    chat.add_argument("--name", choices=NAMES, default="mini")
+    chat.add_argument("--name", default="mini", help="under which `jam chat NAME` finds it")
     args = parser.parse_args()
     if args.verb == "parent":
         ship_parent(args.run, MINI / args.name, args.vq)
