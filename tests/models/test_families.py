@@ -89,6 +89,16 @@ def test_refuses_tensors_that_the_config_does_not_describe(tmp_path: Path, chang
         check_tensors(checkpoint, family_of(checkpoint.config, "here"))
 
 
+@pytest.mark.parametrize("layers", [10**9, 10**30, 10**4000])
+def test_layers_beyond_the_tensors_are_refused_before_their_names_are_made(tmp_path: Path, layers: int):
+    folder = tiny_parent(tmp_path, False, 0)
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"more layers|num_hidden_layers is above"):
+        check_tensors(checkpoint, family_of(checkpoint.config, "here"))
+
+
 def test_a_head_beside_a_tied_config_is_left_out(tmp_path: Path):
     folder = tiny_parent(tmp_path, False, 0)
     tensors = load_file(folder / WEIGHTS)
