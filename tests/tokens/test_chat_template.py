@@ -164,6 +164,8 @@ def test_turns_name_ids_of_the_vocabulary():
     assert Vocabulary.from_json(good).to_json() == good
     with pytest.raises(CheckpointError, match="turns name id 3"):
         Vocabulary.from_json(good | {"turns": {"opening": [3], "assistant": [1], "user": []}})
+    with pytest.raises(CheckpointError, match="turns is a int"):
+        Vocabulary.from_json(good | {"turns": 5})
 
 
 def test_a_fused_model_keeps_the_llms_turns_and_their_rows(tmp_path: Path):
