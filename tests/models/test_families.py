@@ -190,5 +190,5 @@ def test_a_rope_scaling_beside_rope_parameters_means_what_transformers_means(fam
     ],
 )
 def test_rotary_settings_of_other_types_are_refused(given: dict):
-    with pytest.raises(CheckpointError, match=r"config\.json: .* required"):
-        trait({"model_type": "llama"} | given, "rope")
+    with pytest.raises(CheckpointError, match=r"here/config\.json: .* required"):
+        trait({"model_type": "llama"} | given, "rope", "here/config.json")
