@@ -137,9 +137,9 @@ def row_blocks(shape: Sequence[int], elements: int = BLOCK) -> Iterator[slice]:
 
 def read_json(path: Path, hook: Callable[[list], dict] | None = None) -> dict:
     """A JSON object; ``hook`` as json's ``object_pairs_hook``. Raises CheckpointError when the file is missing,
-    damaged, or holds something else."""
+    damaged, holds something else, or NaN or infinity, which are no JSON."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=hook)
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=hook, parse_constant=_no_number)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path.parent}: no {path.name}; a whole checkpoint folder is required, restore it"
@@ -149,6 +149,10 @@ def read_json(path: Path, hook: Callable[[list], dict] | None = None) -> dict:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: holds a {type(raw).__name__}; a JSON object is required, restore the file")
     return raw
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"a value is {name}, finite numbers are required")
 
 
 def write_json(path: Path, value: object) -> None:

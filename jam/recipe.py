@@ -30,8 +30,10 @@ from jam.recipe_tree import Location, Origin, Tree, lay_override, read_tree
 def _compiles(value: str) -> str:
     try:
         re.compile(value)
-    except re.error as error:
-        raise ValueError(f'"{value}" is no regular expression ({error}); required: one that Python compiles') from None
+    except (re.error, OverflowError, RecursionError) as error:  # a great count, brackets too deep
+        raise ValueError(
+            f"{_show(value)} is no regular expression ({error}); required: one that Python compiles"
+        ) from None
     return value
 
 

@@ -162,9 +162,14 @@ def _plain_scalar(node: ScalarNode, location: Location, tree: Tree) -> Any:
     if kind not in ("null", "bool", "int", "float"):
         return _unreadable(tree, location, node, f"the tag {node.tag}; required: a plain value; remove the tag")
     try:
-        return YAML(typ="safe", pure=True).constructor.construct_object(node)
+        value = YAML(typ="safe", pure=True).constructor.construct_object(node)
     except (ValueError, LookupError, YAMLError):  # an explicit tag on a text that does not fit: !!int abc
-        return _unreadable(tree, location, node, f'"{node.value}" is no {kind}; remove the tag or mend the value')
+        text = node.value if len(node.value) <= 60 else f"{node.value[:57]}..."
+        return _unreadable(tree, location, node, f'"{text}" is no {kind}; remove the tag or mend the value')
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        message = f"a whole number of {value.bit_length()} bits; required: one of 64 bits at most; lower it"
+        return _unreadable(tree, location, node, message)
+    return value
 
 
 def _unreadable(tree: Tree, location: Location, node: Node, message: str) -> None:

@@ -6,7 +6,6 @@ lives in ``jam.calibrate``; here nothing but numbers is read.
 """
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from merge.plan import Parent
 from merge.union import Pair
 
 FORMAT = 1
+LEAST, MOST = 1e-4, 1e4  # factors of real parents are near 1
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,30 @@ def describe_parent(parent: Parent) -> dict[str, str]:
     }
 
 
+def _number(value: object) -> float:
+    if type(value) not in (int, float):
+        raise TypeError(f"a number is a {type(value).__name__}")
+    return float(value)
+
+
 def read_calibration(path: Path, pair: Pair) -> Calibration:
     """A file that was measured on these parents.
 
     Raises:
-        CheckpointError: no such file, or no JSON object.
-        MergeError: another format, other parents, or norms that are missing or no numbers.
+        CheckpointError: no JSON object.
+        MergeError: no such file, another format, other parents, or norms that are missing or no numbers.
     """
-    raw = read_json(path)
     again = "measure anew with jam calibrate"
-    if raw.get("format") != FORMAT or not isinstance(raw.get("norms"), dict):
+    if not path.is_file():
+        raise MergeError(f"{path}: no such file; a file of jam calibrate is required, {again}")
+    raw = read_json(path)
+    parents, data = raw.get("parents"), raw.get("data")
+    whole = isinstance(parents, dict) and all(isinstance(parents.get(side.side), dict) for side in pair.sides)
+    whole = whole and isinstance(data, dict) and isinstance(raw.get("norms"), dict)
+    if type(raw.get("format")) is not int or raw["format"] != FORMAT or not whole:
         raise MergeError(f"{path}: no calibration of format {FORMAT}; {again}")
     for side in pair.sides:
-        found = raw.get("parents", {}).get(side.side, {})
+        found = parents[side.side]
         if found.get("identity") != describe_parent(side)["identity"]:
             raise MergeError(
                 f"{path}: measured with {found.get('folder')!r} as the {side.side} parent, whose configuration or "
@@ -76,10 +87,13 @@ def read_calibration(path: Path, pair: Pair) -> Calibration:
     for name in norm_names(pair.image):
         try:
             halves = {side.side: raw["norms"][name][side.side] for side in pair.sides}
-            norms[name] = {side: Half(float(one["factor"]), float(one["offset"])) for side, one in halves.items()}
-        except (KeyError, TypeError, ValueError) as error:
+            norms[name] = {side: Half(_number(one["factor"]), _number(one["offset"])) for side, one in halves.items()}
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise MergeError(f"{path}: norm {name} has no factors and offsets ({error!r}); {again}") from None
-        if not all(0 < half.factor < math.inf and math.isfinite(half.offset) for half in norms[name].values()):
-            raise MergeError(f"{path}: norm {name} has a factor that is not above 0 or not finite; {again}")
+        if not all(LEAST <= half.factor <= MOST and abs(half.offset) <= MOST for half in norms[name].values()):
+            raise MergeError(
+                f"{path}: norm {name} has a factor or an offset out of range; factors of {LEAST:g} to {MOST:g} and "
+                f"offsets up to {MOST:g} are required, {again}"
+            )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Calibration(path, digest, str(raw.get("data", {}).get("description", "")), norms)
+    return Calibration(path, digest, str(data.get("description", "")), norms)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jam.errors import MergeError
 from jam.models.family import HEAD
 from merge.noise import NOISE
 from merge.plan import Copy, Job, Parent, Plan, Source, single_table_config, token_ids
@@ -94,11 +95,19 @@ class Shared:
     residual: float = field(default=float("nan"), init=False)
 
     def fit(self) -> tuple[np.ndarray, np.ndarray]:
-        """float32 [d_image, d_text], the map, and float32 [V, d_text], zero where the text parent's row is used."""
+        """float32 [d_image, d_text], the map, and float32 [V, d_text], zero where the text parent's row is used.
+
+        Raises MergeError for a table of zeros, of which no map follows."""
         if self._fitted is None:
             everything = slice(0, len(self.use_image))
             common = (self.text.source >= 0) & (self.image.source != MEAN) & ~self.use_image
             ours, theirs = (table.read(everything).astype(np.float64) for table in (self.text, self.image))
+            for side, rows in ((self.text, ours[common]), (self.image, theirs[common])):
+                if not rows.any():
+                    raise MergeError(
+                        f"{side.parent.path}: all rows of {side.tensor} that both parents own are zero; cross.tables="
+                        "shared fits a map on them, use a trained parent or tables=separate"
+                    )
             weights = np.linalg.lstsq(ours[common], theirs[common], rcond=None)[0].T
             lost = np.linalg.norm(ours[common] @ weights.T - theirs[common]) / np.linalg.norm(theirs[common])
             self.residual = float(f"{lost:.4g}")

@@ -29,7 +29,7 @@ def doubts(pair: Pair, method: str) -> list[str]:
     else:
         for key in ("rope", "rms_norm_eps"):
             if all(key in side.family.alike for side in pair.sides):
-                ours, theirs = (trait(side.config, key) for side in pair.sides)
+                ours, theirs = (trait(side.config, key, f"{side.path}/config.json") for side in pair.sides)
                 if ours != theirs:
                     found.append(f"{key} is {ours!r} and {theirs!r}: each tower keeps its own")
     if text.checkpoint.dtypes != image.checkpoint.dtypes:

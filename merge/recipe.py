@@ -8,11 +8,28 @@ import itertools
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from jam.recipe import Pattern, Recipe, Section
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+MAX_SHARES = 1000  # of a gradient: more than any model has layers
+
+
+def _one_or_several(value: object) -> object:
+    """In plain words what pydantic says of both members of the union."""
+    several = value if isinstance(value, list) else [value]
+    if not several:
+        raise ValueError("an empty list; one share or more are required")
+    if len(several) > MAX_SHARES:
+        raise ValueError(f"a list of {len(several)} shares; {MAX_SHARES} or fewer are required, shorten it")
+    for share in several:
+        if type(share) not in (int, float) or not 0 <= share <= 1:
+            raise ValueError(f"{share!r:.60} is no share; a number from 0 to 1, or a list of them, is required")
+    return value
+
+
+Shares = Annotated[Share | list[Share], BeforeValidator(_one_or_several)]
 LayersDone = Annotated[int, Field(ge=1)]
 
 
@@ -20,13 +37,13 @@ class WeightRule(Section):
     """A share of its own for the tensors whose name matches."""
 
     match: Pattern = Field(description="regular expression, searched in the tensor's name")
-    weight: Share | list[Share] = Field(description="as uniform.weight")
+    weight: Shares = Field(description="as uniform.weight")
 
 
 class UniformSection(Section):
     """Weighted mean of two parents of the same shape, or another rule for relatives."""
 
-    weight: Share | list[Share] = Field(
+    weight: Shares = Field(
         0.5,
         description="share of the text parent in the mean, 0 to 1 (1 gives the text parent); a list is a gradient over "
         "the layers, its values at equal distances from the first to the last",
@@ -62,13 +79,6 @@ class UniformSection(Section):
         if self.scale != 1.0 and self.rule not in reads:
             raise ValueError(f"scale is given but rule is {self.rule}, which would ignore it; remove scale")
         return self
-
-    @field_validator("weight")
-    @classmethod
-    def _not_empty(cls, value: float | list[float]) -> float | list[float]:
-        if value == []:
-            raise ValueError("an empty list; one share or more are required")
-        return value
 
 
 class WidthSection(Section):

@@ -119,7 +119,7 @@ def single_network_obstacles(pair: Pair) -> list[str]:
         return [f"the parents are {text.family.model_type} and {image.family.model_type}; one family is required"]
     found = []
     for key in text.family.alike:
-        ours, theirs = (trait(side.config, key) for side in pair.sides)
+        ours, theirs = (trait(side.config, key, f"{side.path}/config.json") for side in pair.sides)
         if ours != theirs:
             found.append(f"{key} is {ours!r} in the text parent and {theirs!r} in the image parent")
     for name in ("layers", "head_dim"):

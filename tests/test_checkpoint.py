@@ -93,6 +93,8 @@ def meta_layout(folder: Path) -> None:
         (lambda f: (f / "config.json").unlink(), "no config.json; a whole"),
         (meta_layout, r"no config.json, and weights as pickles \(models/7b/consolidated.pth\).*jam convert "),
         (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
+        (lambda f: (f / "config.json").write_text("[" * 100_000), "cannot be read as JSON"),
+        (lambda f: (f / "config.json").write_text('{"rms_norm_eps": NaN}'), "a value is NaN"),
         (lambda f: (f / "config.json").write_text("[]"), "a JSON object is required"),
         (lambda f: (f / WEIGHTS).unlink(), f"neither {WEIGHTS} nor {INDEX}"),
         (lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"), "a pickle, which can run code .*jam convert "),

@@ -173,6 +173,22 @@ def test_schema_describes_every_key(model: type[Recipe]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=0x" + "f" * 6000, "seed: a whole number of 24000 bits; required: one of 64 bits at most; lower it"),
+        ("seed=" + "9" * 6000, f'seed: "{"9" * 57}..." is no int; remove the tag or mend the value'),
+        (
+            "uniform.weight=2",
+            "uniform.weight: 2 is no share; a number from 0 to 1, or a list of them, is required",
+        ),
+    ],
+)
+def test_a_number_out_of_range_is_one_line(override: str, message: str) -> None:
+    (found,) = mistakes(None, MergeRecipe, ("method=uniform", "out=runs/x", override))
+    assert found == f'override "{override}": {message}'
+
+
+@pytest.mark.parametrize(
     ("content", "line"),
     [
         (b"", "x.yaml:1:1: the file is empty"),

@@ -18,7 +18,7 @@ from jam.checkpoint import Checkpoint
 from jam.errors import CheckpointError
 from jam.layouts import vqgan
 from jam.layouts.view import ModelFolder, Owner, check_words, code_ids, split, unordered
-from jam.tokens.vocabulary import CONTROL, IMAGE, TEXT, JamFile, Vocabulary
+from jam.tokens.vocabulary import CONTROL, IMAGE, MAX_IDS, TEXT, JamFile, Vocabulary
 
 CONTROLS = {
     "bos": "<s>",
@@ -98,8 +98,11 @@ def fits(owner: Owner) -> bool:
 def view(owner: Owner) -> ModelFolder:
     """Raises CheckpointError for a vocabulary, configuration or image network that is not whole."""
     where, size = str(owner.path), owner.config.get("vocab_size")
-    if type(size) is not int:
-        raise CheckpointError(f"{where}/config.json: vocab_size is {size!r}; a whole number is required, restore it")
+    if type(size) is not int or not 1 <= size <= MAX_IDS:
+        shown = size if size is None else f"a {type(size).__name__} that is none or out of range"
+        raise CheckpointError(
+            f"{where}/config.json: vocab_size is {shown}; a whole number from 1 to {MAX_IDS} is required, restore it"
+        )
     network = vqgan.tokenizer_config(owner.config.get("vq_config"), f"{where}/config.json")
     lumina = "mask_image_logits" in owner.config
     vocabulary, order = chameleon_vocabulary(

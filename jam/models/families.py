@@ -363,6 +363,11 @@ def check_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Axes]:
         CheckpointError: a tensor that nobody claims, one that is missing, or one of another shape.
     """
     sizes = family.sizes(checkpoint.config, f"{checkpoint.path}/config.json")
+    if sizes.layers > len(checkpoint.tensors):  # before their names are made
+        raise CheckpointError(
+            f"{checkpoint.path}: config.json asks for more layers ({sizes.layers:.6g}) than the checkpoint has tensors "
+            f"({len(checkpoint.tensors)}); they must agree, restore the folder"
+        )
     expected = family.tensors(checkpoint.config)
     for name, info in checkpoint.tensors.items():
         if name not in expected and not name.endswith(family.ignored) and not (name == HEAD and sizes.tied):

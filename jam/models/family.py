@@ -16,6 +16,7 @@ from jam.errors import CheckpointError
 
 Axes = tuple[str, ...]
 
+MAX_SIZE = 1 << 30  # far above any real size
 HEAD = "lm_head.weight"
 
 
@@ -87,6 +88,10 @@ class Family:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise CheckpointError(
                     f"{where}: {key} is {value!r}; a positive whole number is required, restore the file"
+                )
+            if value > MAX_SIZE:
+                raise CheckpointError(
+                    f"{where}: {key} is above {MAX_SIZE}; a size of a real model is required, restore the file"
                 )
             found[name] = value
         derived = {"num_key_value_heads": found["heads"], "head_dim": found["model"] // found["heads"]}

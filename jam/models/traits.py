@@ -4,42 +4,70 @@
 rotary positions, or a plain key.
 """
 
+from jam.errors import CheckpointError
 from jam.models.families import FAMILIES
 
 
-def trait(config: dict, key: str) -> object:
-    """One of a family's ``alike``: a configuration value, or what several keys say together in one spelling."""
-    computed = {"rope": rope, "windows": windows, "rotary_layers": rotary_layers}
+def trait(config: dict, key: str, where: str = "config.json") -> object:
+    """One of a family's ``alike``: a configuration value, or what several keys say together in one spelling.
+
+    ``where`` names the file in errors. Raises CheckpointError for a rotary setting of another type.
+    """
+    computed = {"rope": lambda config: rope(config, where), "windows": windows, "rotary_layers": rotary_layers}
     return computed[key](config) if key in computed else FAMILIES[config["model_type"]].value(config, key)
 
 
-def rope(config: dict) -> dict:
+def rope(config: dict, where: str = "config.json") -> dict:
     """Rotary settings in one spelling: ``rope_parameters`` of transformers 5, ``rope_theta``, ``rope_scaling`` of 4.
 
-    A family whose layer types turn at different speeds (Gemma 3) has one entry for each.
+    Where both are given, ``rope_scaling`` wins, as in transformers 5. A family whose layer types turn at different
+    speeds (Gemma 3) has one entry for each. Raises CheckpointError for a setting of another type.
 
     >>> base = {"model_type": "llama"}
     >>> rope(base | {"rope_theta": 10000.0}) == rope(base | {"rope_parameters": {"rope_type": "default"}})
     True
     """
-    theta = FAMILIES[config["model_type"]].value(config, "rope_theta")
-    given = config.get("rope_parameters") or {}
-    if "rope_local_base_freq" not in FAMILIES[config["model_type"]].defaults:
-        return _rope_of_layers(given or config.get("rope_scaling") or {}, theta, config)
-    local = FAMILIES[config["model_type"]].value(config, "rope_local_base_freq")
+    family = FAMILIES[config["model_type"]]
+    theta = family.value(config, "rope_theta")
+    given, scaling = _mapping(config, "rope_parameters", where), _mapping(config, "rope_scaling", where)
+    if "rope_local_base_freq" not in family.defaults:
+        return _rope_of_layers(
+            scaling or given, theta, config, where
+        )  # transformers 5: rope_scaling replaces the whole
+    full = _mapping(given, "full_attention", where) if given else {"rope_type": "default"}
     return {
-        "full_attention": _rope_of_layers(
-            given.get("full_attention") or config.get("rope_scaling") or {}, theta, config
+        "full_attention": _rope_of_layers(full | scaling, theta, config, where),  # as Gemma 3's class lays it over
+        "sliding_attention": _rope_of_layers(
+            _mapping(given, "sliding_attention", where), family.value(config, "rope_local_base_freq"), config, where
         ),
-        "sliding_attention": _rope_of_layers(given.get("sliding_attention") or {}, local, config),
     }
 
 
-def _rope_of_layers(given: dict, theta: object, config: dict) -> dict:
+def _rope_of_layers(given: dict, theta: object, config: dict, where: str) -> dict:
     found = {"partial_rotary_factor": config.get("partial_rotary_factor") or 1.0} | given
-    found["rope_type"] = found.pop("type", None) or found.get("rope_type", "default")
-    found["rope_theta"] = float(found.get("rope_theta") or theta)
+    old = found.pop("type", None)
+    found["rope_type"] = found.get("rope_type") or old or "default"
+    found["rope_theta"] = found.get("rope_theta") or theta
+    if not isinstance(found["rope_type"], str):
+        raise CheckpointError(f"{where}: rope_type is {found['rope_type']!r}; a name is required, restore the file")
+    for key in ("rope_theta", "partial_rotary_factor"):
+        value = found[key]
+        if type(value) not in (int, float) or not 0 < value < 1e30:
+            shown = value if isinstance(value, float) else f"a {type(value).__name__}"
+            raise CheckpointError(
+                f"{where}: {key} is {shown}; a number above 0 and below 1e30 is required, restore the file"
+            )
+        found[key] = float(value)
     return found
+
+
+def _mapping(config: dict, key: str, where: str) -> dict:
+    value = config.get(key)
+    if not (value is None or isinstance(value, dict)):
+        raise CheckpointError(
+            f"{where}: {key} is a {type(value).__name__}; a mapping or null is required, restore the file"
+        )
+    return value or {}
 
 
 def rotary_layers(config: dict) -> list[bool]:

@@ -6,15 +6,15 @@ and which id ends a reply. Rows without a token are padding, kept as reserved co
 ids: folders with images are read by ``jam.layouts``.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from jam.checkpoint import read_json
 from jam.errors import CheckpointError
 from jam.tokens.chat_template import read_turns
-from jam.tokens.vocabulary import CONTROL, TEXT, Vocabulary
+from jam.tokens.vocabulary import CONTROL, MAX_IDS, TEXT, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,20 @@ class Words:
                 "model's fast tokenizer into this folder"
             )
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_json(path)
             stored = raw["model"]["vocab"]
             words = (
                 {word: index for index, (word, _) in enumerate(stored)} if isinstance(stored, list) else dict(stored)
             )
-            added = [(item["content"], int(item["id"]), bool(item["special"])) for item in raw.get("added_tokens", [])]
+            added = [(item["content"], item["id"], bool(item["special"])) for item in raw.get("added_tokens", [])]
             words |= {word: index for word, index, _ in added}
-            max(words.values())
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: {error!r}; the file is damaged, restore it from its source") from None
+        if not words or any(type(index) is not int or not 0 <= index < MAX_IDS for index in words.values()):
+            raise CheckpointError(
+                f"{path}: its tokens have no ids or ids that are none; whole numbers from 0 to {MAX_IDS - 1} are "
+                "required, restore the file from its source"
+            )
         return cls(path, words, {index: special for _, index, special in added})
 
     @property
@@ -58,7 +62,13 @@ class Words:
         Raises CheckpointError when the configuration has fewer rows than tokens.
         """
         size = config.get("vocab_size")
-        if not isinstance(size, int) or size < self.count:
+        if type(size) is not int or size > MAX_IDS:
+            shown = size if size is None or isinstance(size, float) else f"a {type(size).__name__}"
+            raise CheckpointError(
+                f"{self.path.parent}: config.json has vocab_size {shown}; a whole number from 1 to {MAX_IDS} is "
+                "required, restore the file"
+            )
+        if size < self.count:
             raise CheckpointError(
                 f"{self.path.parent}: tokenizer.json names id {self.count - 1}, config.json has vocab_size {size!r}; a "
                 "row for every token is required, use the tokenizer of this model"
@@ -87,23 +97,30 @@ def special_ids(folder: Path, config: dict, words: dict[str, int]) -> dict[str, 
     """bos, eos and pad as the tokenizer's settings name them, else as the configuration numbers them.
 
     A pad token that is another one's id (a common stand-in) is left out: its row is trained. OPT begins and ends with
-    one token.
+    one token. Raises CheckpointError for a name or a number of another type.
     """
     settings = folder / "tokenizer_config.json"
-    try:
-        named = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-        named = {name: named[f"{name}_token"] for name in ("bos", "eos", "pad") if f"{name}_token" in named}
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{settings}: {error!r}; the file is damaged, restore it from its source") from None
+    named = read_json(settings) if settings.is_file() else {}
+    named = {name: named[f"{name}_token"] for name in ("bos", "eos", "pad") if f"{name}_token" in named}
     found: dict[str, int] = {}
     for name in ("bos", "eos", "pad"):
         if name in named:
-            word = named[name]["content"] if isinstance(named[name], dict) else named[name]
+            word = named[name].get("content", named[name]) if isinstance(named[name], dict) else named[name]
+            if not (word is None or isinstance(word, str)):
+                raise CheckpointError(
+                    f"{settings}: {name}_token is a {type(word).__name__}; a token, a mapping with its content or null "
+                    "is required, restore the file"
+                )
             index = words.get(word)
         else:
             index = config.get(f"{name}_token_id")
             index = index[0] if isinstance(index, list) and index else index
-        inside = isinstance(index, int) and 0 <= index < config["vocab_size"]
+            if not (index is None or type(index) is int):
+                raise CheckpointError(
+                    f"{folder}/config.json: {name}_token_id is or holds a {type(index).__name__}; a whole number, a "
+                    "list of them or null is required, restore the file"
+                )
+        inside = index is not None and 0 <= index < config["vocab_size"]
         if inside and not (name == "pad" and index in found.values()):
             found[name] = index
     return found

@@ -168,7 +168,12 @@ class Vocabulary:
     @classmethod
     def from_json(cls, raw: dict) -> "Vocabulary":
         spans = tuple(Span(kind, start, stop) for kind, start, stop in raw["spans"])
-        turns = None if raw.get("turns") is None else Turns(**{name: tuple(ids) for name, ids in raw["turns"].items()})
+        written = raw.get("turns")
+        if not (written is None or isinstance(written, dict)):
+            raise CheckpointError(
+                f"vocabulary: turns is a {type(written).__name__}; a mapping or null is required, mend jam.json"
+            )
+        turns = None if written is None else Turns(**{name: tuple(ids) for name, ids in written.items()})
         found, codes = cls(spans, dict(raw["controls"]), raw["codes_per_image"], turns), raw["codes_per_image"]
         images = found.image_span is not None
         if type(codes) is not int or codes < 0 or (codes > 0) != images:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from jam.errors import CheckpointError
 
 PARTS = ("encoder.", "decoder.", "quantize.embedding.", "quant_conv.", "post_quant_conv.")
+MAX_SIZE, MAX_BLOCKS, MAX_LEVELS = 1_000_000, 64, 16  # far above any real network: what is built grows with them
 CODEBOOK = "quantize.embedding.weight"
 
 
@@ -183,17 +184,29 @@ def _mapping(raw: dict, key: str, where: str) -> dict:
 
 def _number(raw: dict, key: str, where: str) -> int:
     value = raw.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"{where}: {key} is {value!r}; a positive whole number is required, restore the file")
+    most = MAX_BLOCKS if key == "num_res_blocks" else MAX_SIZE
+    if type(value) is not int or not 1 <= value <= most:
+        raise CheckpointError(
+            f"{where}: {key} is {_shown(value)}; a whole number from 1 to {most} is required, restore the file"
+        )
     return value
 
 
 def _numbers(raw: dict, key: str, where: str) -> tuple[int, ...]:
     value = raw.get(key)
-    whole = isinstance(value, list | tuple) and all(type(item) is int and item > 0 for item in value)
-    if not whole or (not value and key != "attn_resolutions"):
-        raise CheckpointError(f"{where}: {key} is {value!r}; a list of whole numbers is required, restore the file")
+    whole = isinstance(value, list | tuple) and all(type(item) is int and 0 < item <= MAX_SIZE for item in value)
+    if not whole or len(value) > MAX_LEVELS or (not value and key != "attn_resolutions"):
+        raise CheckpointError(
+            f"{where}: {key} is {_shown(value)}; a list of whole numbers is required, {MAX_LEVELS} or fewer of 1 to "
+            f"{MAX_SIZE}, restore the file"
+        )
     return tuple(value)
+
+
+def _shown(value: object) -> str:
+    """A value in an error: its beginning, or its type for a number that Python does not write out."""
+    huge = isinstance(value, int) and abs(value) > 10**18
+    return f"a number of {value.bit_length()} bits" if huge else f"{value!r:.60}"
 
 
 def _require(raw: dict, allowed: dict[str, tuple], where: str) -> None:

@@ -219,9 +219,14 @@ def test_a_folder_with_its_own_file_is_taken_as_it_is(copied: Path):
         ({"vq_config.num_embeddings": 17}, "16 image tokens, vq_config has 17 codes"),
         ({"vq_config.double_latent": True}, "double_latent is True; False is required"),
         ({"vq_config.base_channels": 64}, "conv_in.weight is \\[32, 3, 3, 3\\], vq_config asks for \\[64"),
-        ({"vq_config.embed_dim": 0}, "embed_dim is 0; a positive whole number"),
+        ({"vq_config.embed_dim": 0}, "embed_dim is 0; a whole number from 1"),
         ({"vq_config.channel_multiplier": []}, "a list of whole numbers is required"),
         ({"vocab_size": None}, "vocab_size is None"),
+        ({"vocab_size": -1}, "a whole number from 1 to"),
+        ({"vocab_size": 10**10}, "a whole number from 1 to"),
+        ({"vq_config.num_res_blocks": 10**9}, "num_res_blocks is 1000000000; a whole number from 1 to 64"),
+        ({"vq_config.resolution": 10**30}, "resolution is .*; a whole number from 1 to 1000000"),
+        ({"vq_config.channel_multiplier": [1] * 99}, "16 or fewer"),
     ],
 )
 def test_a_configuration_that_does_not_hold_is_refused(copied: Path, change: dict, message: str):

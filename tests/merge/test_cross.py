@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jam.checkpoint import WEIGHTS
 from jam.decode.engine import default_options
@@ -63,6 +63,17 @@ def test_the_shared_table_gives_each_tower_its_parents_image_rows(tmp_path: Path
     width = theirs.shape[1]
     assert np.array_equal(merged["shared.project.weight"], np.eye(32, 32 + width))
     assert not any("embed_tokens" in tensor for tensor in merged)
+
+
+@pytest.mark.parametrize("side", ["text", "image"])
+def test_a_table_of_zeros_is_not_shared(tmp_path: Path, side: str):
+    text, image = tiny_pair(tmp_path)
+    stored = load_file(tmp_path / side / WEIGHTS)
+    stored["model.decoder.embed_tokens.weight"][:] = 0
+    save_file(stored, tmp_path / side / WEIGHTS)
+    recipe = MergeRecipe(method="cross", text=text, image=image, out=tmp_path / "out", cross={"tables": "shared"})
+    with pytest.raises(MergeError, match=rf"{side}: all rows of .* are zero"):
+        run_merge(recipe)
 
 
 def test_equal_tables_share_an_identity(tmp_path: Path):

@@ -50,7 +50,13 @@ def test_every_tensor_takes_its_own_share(tmp_path: Path):
     ("uniform", "message"),
     [
         ({"weight": []}, "an empty list"),
-        ({"weight": [0.5, 1.5]}, "less than or equal to 1"),
+        ({"weight": [0.5, 1.5]}, "1.5 is no share; a number from 0 to 1"),
+        ({"weight": 2}, "2 is no share; a number from 0 to 1, or a list of them, is required"),
+        ({"weight": True}, "True is no share"),
+        ({"weight": [0.5] * 1001}, "a list of 1001 shares; 1000 or fewer"),
+        ({"rules": [{"match": "a", "weight": []}]}, "an empty list"),
+        ({"rules": [{"match": "a{99999999999}", "weight": 0.5}]}, "no regular expression"),
+        ({"rules": [{"match": "(" * 3000 + ")" * 3000, "weight": 0.5}]}, "no regular expression"),
         ({"rules": [{"match": "(", "weight": 0.5}]}, "no regular expression"),
     ],
 )

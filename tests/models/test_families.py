@@ -1,5 +1,6 @@
 """The tensor tables against transformers' own models, and the refusals of what they do not describe."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from jam.checkpoint import WEIGHTS, open_checkpoint
@@ -87,6 +89,16 @@ def test_refuses_tensors_that_the_config_does_not_describe(tmp_path: Path, chang
         check_tensors(checkpoint, family_of(checkpoint.config, "here"))
 
 
+@pytest.mark.parametrize("layers", [10**9, 10**30, 10**4000])
+def test_layers_beyond_the_tensors_are_refused_before_their_names_are_made(tmp_path: Path, layers: int):
+    folder = tiny_parent(tmp_path, False, 0)
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"more layers|num_hidden_layers is above"):
+        check_tensors(checkpoint, family_of(checkpoint.config, "here"))
+
+
 def test_a_head_beside_a_tied_config_is_left_out(tmp_path: Path):
     folder = tiny_parent(tmp_path, False, 0)
     tensors = load_file(folder / WEIGHTS)
@@ -134,3 +146,49 @@ def test_two_rotary_speeds_are_read_in_both_spellings():
         "sliding_attention": {"rope_type": "default", "rope_theta": 7e3},
     }
     assert trait(old, "rope") == trait(base | {"rope_parameters": new}, "rope") != trait(base, "rope")
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+PLAIN = {"rope_type": "default", "rope_theta": 5e5}
+
+
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [
+        ("llama", {"rope_parameters": PLAIN, "rope_scaling": YARN}),
+        ("llama", {"rope_parameters": PLAIN, "rope_scaling": YARN | {"rope_theta": 2e4}}),
+        ("llama", {"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2.0}}),
+        ("llama", {"rope_parameters": PLAIN, "rope_scaling": None}),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN | {"rope_theta": 1e4}},
+                "rope_scaling": YARN,
+            },
+        ),
+    ],
+)
+def test_a_rope_scaling_beside_rope_parameters_means_what_transformers_means(family: str, given: dict):
+    theirs = CONFIG_MAPPING[family](**copy.deepcopy(given)).rope_parameters
+    ours = trait({"model_type": family} | given, "rope")
+    nested = family == "gemma3_text"
+    for kind in ("full_attention", "sliding_attention") if nested else (None,):
+        own, other = (found[kind] if kind else found for found in (ours, theirs))
+        assert {"partial_rotary_factor": 1.0} | other == own | ({"type": other["type"]} if "type" in other else {})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rope_scaling": "yarn"},
+        {"rope_parameters": [1]},
+        {"rope_theta": "abc"},
+        {"rope_theta": 10**400},
+        {"rope_parameters": {"rope_theta": None}, "rope_theta": None},
+        {"rope_scaling": {"rope_type": 7}},
+        {"partial_rotary_factor": "x"},
+    ],
+)
+def test_rotary_settings_of_other_types_are_refused(given: dict):
+    with pytest.raises(CheckpointError, match=r"here/config\.json: .* required"):
+        trait({"model_type": "llama"} | given, "rope", "here/config.json")

@@ -55,10 +55,18 @@ def test_a_file_of_ours_wins(folder: Path):
 @pytest.mark.parametrize(
     ("content", "config", "message"),
     [
-        ("{", CONFIG, "the file is damaged"),
+        ("{", CONFIG, "cannot be read as JSON"),
         ('{"model": {}}', CONFIG, "the file is damaged"),
         (None, CONFIG | {"vocab_size": 287}, "names id 287, config.json has vocab_size 287"),
         (None, {}, "vocab_size None"),
+        *((None, {"vocab_size": size}, "vocab_size") for size in (10**10, 10**12, 10**30, 10**5000, -1, True, "320")),
+        (None, CONFIG | {"bos_token_id": "0"}, "bos_token_id is or holds a str"),
+        (None, CONFIG | {"eos_token_id": [2.0]}, "eos_token_id is or holds a float"),
+        ("[" * 100_000, CONFIG, "cannot be read as JSON"),
+        ('{"model": {"vocab": {"a": "0", "b": "1"}}}', CONFIG, "ids that are none"),
+        ('{"model": {"vocab": {"a": 0.0}}}', CONFIG, "ids that are none"),
+        ('{"model": {"vocab": {}}}', CONFIG, "have no ids"),
+        ('{"model": {"vocab": {}}, "added_tokens": [{"id": Infinity}]}', CONFIG, "a value is Infinity"),
     ],
 )
 def test_what_does_not_fit_is_refused(folder: Path, content: str | None, config: dict, message: str):
@@ -66,3 +74,20 @@ def test_what_does_not_fit_is_refused(folder: Path, content: str | None, config:
         (folder / "tokenizer.json").write_text(content)
     with pytest.raises(CheckpointError, match=message):
         adopt_vocabulary(folder, config)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        '{"bos_token": {"a": 1}}',
+        '{"bos_token": ["<s>"]}',
+        '{"bos_token": {"content": ["x"]}}',
+        '{"bos_token": 0}',
+        "[" * 100_000,
+        "[]",
+    ],
+)
+def test_settings_of_the_tokenizer_that_are_none_are_refused(folder: Path, settings: str):
+    (folder / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: .* required|cannot be read as JSON"):
+        adopt_vocabulary(folder, CONFIG)

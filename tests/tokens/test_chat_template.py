@@ -104,6 +104,47 @@ def test_a_template_that_no_turns_follow_from_is_refused(tmp_path: Path, templat
         vocabulary_of(chat_parent(tmp_path, template))
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1/0 }}",
+        "{{ 2.0**5000 }}",
+        "{{ 9**9**9**9 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ 'a'*10**11 }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(200) %}{% for j in range(200) %}" + 30 * "word " + "{% endfor %}{% endfor %}",
+        "{{ lipsum(n=100000) }}",
+        "{% set r = range(999) %}{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "{{ 'a'.ljust(10**11) }}",
+        "{{ 'a' | center(10**11) }}",
+        "{{ '%099999999999d' % 1 }}",
+        "{{ '%099999999999d' | format(1) }}",
+        "{{ '{:99999999999}'.format(1) }}",
+        "{{" + 3000 * "(" + "1" + 3000 * ")" + "}}",
+        "\\xff",
+    ],
+)
+def test_a_template_that_fails_or_never_ends_is_refused_in_one_line(tmp_path: Path, template: str):
+    folder = chat_parent(tmp_path, "")
+    (folder / "chat_template.jinja").write_bytes(b"\xff" if template == "\\xff" else template.encode())
+    with pytest.raises(CheckpointError) as error:
+        vocabulary_of(folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_half_a_surrogate_pair_is_refused(tmp_path: Path):
+    folder = chat_parent(tmp_path, "")
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "\ud800" + BRACKETS}))
+    with pytest.raises(CheckpointError, match="is no text"):
+        vocabulary_of(folder)
+
+
 def test_the_template_is_found_in_the_settings_too(tmp_path: Path):
     assert read_template(tmp_path) is None
     settings = tmp_path / "tokenizer_config.json"
@@ -123,6 +164,8 @@ def test_turns_name_ids_of_the_vocabulary():
     assert Vocabulary.from_json(good).to_json() == good
     with pytest.raises(CheckpointError, match="turns name id 3"):
         Vocabulary.from_json(good | {"turns": {"opening": [3], "assistant": [1], "user": []}})
+    with pytest.raises(CheckpointError, match="turns is a int"):
+        Vocabulary.from_json(good | {"turns": 5})
 
 
 def test_a_fused_model_keeps_the_llms_turns_and_their_rows(tmp_path: Path):

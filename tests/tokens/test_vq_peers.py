@@ -144,7 +144,7 @@ def test_open_muse_is_the_lineage_without_middle_attention_on_pixels_from_zero()
     ("change", "message"),
     [
         ({"ddconfig": None}, "ddconfig is missing; .*--config"),
-        ({"embed_dim": "6"}, "embed_dim is '6'; a positive whole number"),
+        ({"embed_dim": "6"}, "embed_dim is '6'; a whole number from 1"),
         ({"remap": "used.npy"}, "remap is 'used.npy'; None is required"),
         ({"ddconfig": {"double_z": True}}, "double_z is True; False is required"),
         ({"ddconfig": {"out_ch": 4}}, "out_ch is 4; 3 is required"),
