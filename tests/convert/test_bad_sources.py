@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from jam.convert.metaseq import make_tokenizer, read_metaseq
 from jam.convert.pickles import Pickles
 from jam.convert.vqgan import read_vqgan
 from jam.errors import CheckpointError
+from jam.header import shown
 from tests.convert.owners import DDCONFIG, metaseq_args, metaseq_parts, write_chameleon, write_vqgan, write_yaml
 from tests.tiny import edit_json, network_class, randomize, tiny_config
 
@@ -285,3 +287,41 @@ def test_bins_with_whole_numbers_or_twice_the_same_name_are_refused(tmp_path: Pa
     assert "is in a.bin too" in refused(capsys, folder)
     index.write_text('{"weight_map": {"w": "../a.bin"}}')
     assert "names ../a.bin, which is not there" in refused(capsys, folder)
+
+
+def test_content_without_end_and_zips_that_grow_are_refused(tmp_path: Path, capsys):
+    endless: dict = {}
+    endless |= {"a": endless, "t": torch.zeros(1)}
+    deep, doubled = [torch.zeros(1)], [torch.zeros(1)]
+    for _ in range(200):
+        deep = [deep]
+    for _ in range(40):
+        doubled = [doubled, doubled]
+    for name, content in {"self": endless, "deep": {"x": deep}, "twice": {"x": doubled}}.items():
+        (tmp_path / name).mkdir()
+        torch.save(content, tmp_path / name / "a.pt")
+        said = refused(capsys, tmp_path / name / "a.pt")
+        assert "nested deeper than 64 levels" in said
+    (tmp_path / "zip").mkdir()
+    file = tmp_path / "zip" / "a.pt"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(1 << 20))
+    assert "'a/data.pkl' in it is compressed" in refused(capsys, file)
+
+
+def test_names_are_printed_safely(tmp_path: Path, capsys):
+    for number, name in enumerate(("a\x1b[31mX\nerror: fake", "a\nb", "")):
+        (tmp_path / str(number)).mkdir()
+        torch.save({name: torch.ones(2)}, tmp_path / str(number) / "a.pt")
+        said = refused(capsys, tmp_path / str(number) / "a.pt")
+        assert f"a tensor named {shown(name)}; " in said and "\x1b" not in said
+        assert "names must be printable" in said
+
+
+def test_a_truncated_file_is_said_in_our_words(tmp_path: Path, capsys):
+    (tmp_path / "in").mkdir()
+    torch.save({"w": torch.ones(999)}, tmp_path / "in" / "a.pt", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "in" / "a.pt").read_bytes()
+    (tmp_path / "in" / "a.pt").write_bytes(content[:400])
+    said = refused(capsys, tmp_path / "in" / "a.pt")
+    assert "weights; the file is truncated, damaged or none that torch.save wrote, fetch it again (torch says" in said
