@@ -181,8 +181,8 @@ def _refusal(path: str, error: str) -> CheckpointError:
     reason = " ".join(error.split())
     if named := _FOREIGN.search(reason):
         return CheckpointError(
-            f"{path}: the pickle asks for {shown(named[1])}, which is no weight and could run code; it was not loaded, a "
-            "file of tensors and plain values is required, ask its owner for safetensors"
+            f"{path}: the pickle asks for {shown(named[1])}, which is no weight and could run code; it was not loaded, "
+            "a file of tensors and plain values is required, ask its owner for safetensors"
         )
     first = re.split(r"(?<=[.!?])\s", reason, maxsplit=1)[0].rstrip(".")
     return CheckpointError(
