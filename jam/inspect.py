@@ -13,11 +13,13 @@ from jam.floats import LONG
 from jam.layouts import ModelFolder, layout_of, open_model
 from jam.models.families import FAMILIES, check_tensors, family_of
 from jam.models.family import Family
+from jam.tokens.vocabulary import Vocabulary
 from merge.plan import read_parent
 from merge.recipe import MergeRecipe, WidthSection
 from merge.run import METHODS
 from merge.union import Pair
 
+IMAGE_NETWORKS = ("vqgan", "emu3_vqgan")
 Facts = list[tuple[str, str]]
 
 
@@ -53,6 +55,8 @@ def describe_folder(path: Path) -> Facts:
         ("parameters", f"{checkpoint.parameters:,} in {len(checkpoint.tensors)} tensors"),
         ("stored as", f"{dtypes}, {stored:,} bytes"),
     ]
+    if checkpoint.config.get("model_type") in IMAGE_NETWORKS:
+        return [("image tokenizer", _image_network(checkpoint)), *size]
     named = any((checkpoint.path / name).is_file() for name in ("jam.json", "tokenizer.json"))
     if not named and layout_of(checkpoint) is None:
         unknown = "neither jam.json nor tokenizer.json; one is required to know what the ids mean"
@@ -60,6 +64,21 @@ def describe_folder(path: Path) -> Facts:
     model = open_model(path)
     facts: Facts = [] if model.layout is None else [("layout", f"{model.layout}, as its owner ships it")]
     return [*facts, *_architecture(model.checkpoint), *size, *_vocabulary(model)]
+
+
+def _image_network(checkpoint: Checkpoint) -> str:
+    """Raises CheckpointError for a configuration without a vqgan's sizes."""
+    config = checkpoint.config
+    side, codebook = config.get("resolution"), config.get("n_embed", config.get("codebook_size"))
+    scales = config.get("ch_mult", config.get("channel_multiplier"))
+    patch = config.get("patch", 1)
+    if not all(type(value) is int and value > 0 for value in (side, codebook, patch)) or not isinstance(scales, list):
+        raise CheckpointError(
+            f"{checkpoint.path}/config.json: no sizes of a {config['model_type']} network; the configuration of an "
+            "image tokenizer is required, restore it"
+        )
+    codes = (side // patch // 2 ** (len(scales) - 1)) ** 2
+    return f"{codes} codes of {codebook}, {side} px; give it to --image-tokenizer"
 
 
 def _architecture(checkpoint: Checkpoint) -> Facts:
@@ -70,15 +89,19 @@ def _architecture(checkpoint: Checkpoint) -> Facts:
                 f"{checkpoint.path}/config.json: no {absent[0]}; a whole configuration is required, restore it"
             )
         facts: Facts = [("family", "jam_cross, two towers joined by gated cross-attention")]
+        contexts: list[int] = []
         try:
             for side in ("text", "image"):
                 tower = config[f"{side}_config"]
-                facts.append((f"{side} tower", _sizes(family_of(tower, str(checkpoint.path)), tower)))
+                family = family_of(tower, str(checkpoint.path))
+                facts.append((f"{side} tower", _sizes(family, tower)))
+                contexts.append(family.sizes(tower).positions)
             pairs = ", ".join(f"{i}|{j}" for i, j in config["exchanges"])
         except (AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{checkpoint.path}/config.json: no jam_cross configuration ({error}); restore the file"
             ) from None
+        facts.append(("context", f"{min(contexts)} positions, the fewer of both towers"))
         return [*facts, ("exchanges", f"after layers {pairs}"), ("tables", config["tables"])]
     if not isinstance(config.get("model_type"), str) or config["model_type"] not in FAMILIES:
         known = ", ".join(FAMILIES)
@@ -105,7 +128,7 @@ def _vocabulary(model: ModelFolder) -> Facts:
     shown = [f"{span.kind} [{span.start}, {span.stop})" for span in jam.vocabulary.spans]
     spans = ", ".join(shown if len(shown) <= 8 else [*shown[:6], f"... {len(shown)} spans in all"])
     controls = ", ".join(f"{name} {index}" for name, index in jam.vocabulary.controls.items())
-    facts: Facts = [("vocabulary", spans), ("controls", controls)]
+    facts: Facts = [("vocabulary", spans), ("controls", controls), ("turns", _turns(jam.vocabulary))]
     codes = f"{jam.vocabulary.codes_per_image} codes of {jam.vocabulary.codebook_size}"
     if jam.image_tokenizer is not None:
         network = open_checkpoint(model.checkpoint.path / jam.image_tokenizer)
@@ -119,6 +142,12 @@ def _vocabulary(model: ModelFolder) -> Facts:
     if jam.fusion is not None:
         facts.append(("fused by", ", ".join(f"{key} {value}" for key, value in jam.fusion.items())))
     return facts
+
+
+def _turns(vocabulary: Vocabulary) -> str:
+    if vocabulary.turns is not None:
+        return "from its chat template"
+    return "user and assistant controls" if vocabulary.converses else "none"
 
 
 def describe_pair(first: Path, second: Path) -> Facts:
@@ -151,6 +180,9 @@ def _verdict(method: str, pair: Pair) -> str:
     for condition, recipe in recipes.items():
         if not METHODS[method].obstacles(pair, recipe):
             plan = METHODS[method].plan(pair, recipe)
-            return f"yes{condition}, {plan.parameters:,} parameters; {plan.preserves}"
+            context = ""
+            if method == "cross":
+                context = f"; context {min(pair.text.sizes.positions, pair.image.sizes.positions)} positions"
+            return f"yes{condition}, {plan.parameters:,} parameters{context}; {plan.preserves}"
     reasons = METHODS[method].obstacles(pair, next(iter(recipes.values())))
     return f"no: {'; '.join(reasons)}"

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from jam.checkpoint import read_json
-from jam.convert.outputs import BLOCK, Output, beside, copied, made, stacked
+from jam.checkpoint import check_place, read_json
+from jam.convert.outputs import BLOCK, Output, beside, check_shapes, copied, made, stacked
 from jam.convert.pickles import PickledTensor, Pickles
 from jam.errors import CheckpointError
 from jam.floats import LONG, from_float32, to_float32
 from jam.layouts.chameleon import chameleon_vocabulary
+from jam.models.families import FAMILIES
 from jam.shards import TensorSpec
 from jam.tokens.vocabulary import JamFile, Vocabulary
 
@@ -68,7 +69,7 @@ def find_chameleon(source: Path) -> ChameleonFiles | None:
     """The files under ``source``, the folder that holds ``models`` or one size of it; None if it is no Chameleon.
 
     Raises:
-        CheckpointError: several sizes, shards that are not numbered from 0, or parts missing.
+        CheckpointError: several sizes, shards that are not numbered from 0, parts missing, or links out.
     """
     models = [source] if _shards(source) else [path for path in sorted(source.glob("models/*")) if _shards(path)]
     if not models:
@@ -84,6 +85,8 @@ def find_chameleon(source: Path) -> ChameleonFiles | None:
     wanted = [model / "params.json", *(files.tokenizer / name for name in ("text_tokenizer.json", "vqgan.yaml"))]
     if absent := [path for path in (*wanted, files.vqgan) if not path.is_file()]:
         raise CheckpointError(f"{absent[0]}: no such file; a whole Chameleon as Meta ships it is required, restore it")
+    for path in (*wanted, *files.shards, files.vqgan):
+        check_place(root, path)
     return files
 
 
@@ -126,6 +129,7 @@ class Chameleon:
         self.vocabulary, self.order = chameleon_vocabulary(words, self._first("tok_embeddings.weight").shape[0])
         self.outputs = self._outputs()
         self.config = self._config()
+        check_shapes(self.outputs, FAMILIES["chameleon"], self.config, str(files.model))
 
     def jam_file(self, codes_per_image: int) -> JamFile:
         vocabulary: Vocabulary = replace(self.vocabulary, codes_per_image=codes_per_image)
@@ -146,6 +150,14 @@ class Chameleon:
             )
         return value
 
+    def _real(self, key: str, absent: float) -> float:
+        value = self.params.get(key, absent)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+            raise CheckpointError(
+                f"{self.files.model}/params.json: {key} is {value!r}; a positive number is required, restore it"
+            )
+        return value
+
     def _first(self, name: str) -> PickledTensor:
         return self._everywhere(name)[0]
 
@@ -160,6 +172,11 @@ class Chameleon:
         if len({(tensor.dtype, tensor.shape) for tensor in tensors}) > 1:
             raise CheckpointError(
                 f"{self.files.model}: tensor {name} differs in type or shape between shards; restore it"
+            )
+        shape, rank = tensors[0].shape, 1 if "norm" in name else 2
+        if len(shape) != rank or 0 in shape:
+            raise CheckpointError(
+                f"{self.files.model}: tensor {name} is {list(shape)}; {rank} filled axes are required, restore it"
             )
         return tensors
 
@@ -239,13 +256,14 @@ class Chameleon:
     def _config(self) -> dict:
         shapes = {output.spec.name: output.spec.shape for output in self.outputs}
         kv_rows = shapes["model.layers.0.self_attn.k_proj.weight"][0]
-        theta, epsilon = self.params.get("rope_theta", 10_000.0), self.params.get("norm_eps", 1e-5)
+        theta, epsilon = self._real("rope_theta", 10_000.0), self._real("norm_eps", 1e-5)
         queries, asked = shapes["model.layers.0.self_attn.q_proj.weight"], (self.width, self.width)
         if queries != asked:
             raise CheckpointError(
                 f"{self.files.model}: wq is {list(queries)} over {len(self.files.shards)} shards, params.json asks for "
                 f"{list(asked)}; all shards of one model are required, fetch the missing ones"
             )
+        controls = self.vocabulary.controls
         stored = max({output.spec.dtype for output in self.outputs}, key=lambda name: (name == "F32", name))
         return {
             "model_type": "chameleon",
@@ -266,12 +284,12 @@ class Chameleon:
             "model_parallel_size": len(self.files.shards),
             "tie_word_embeddings": False,
             "dtype": LONG.get(stored, "float32"),
-            **{f"{name}_token_id": self.vocabulary.controls[name] for name in ("bos", "eos", "pad")},
+            **{f"{name}_token_id": controls[name] for name in ("bos", "eos", "pad") if name in controls},
         }
 
 
-def tokenizer_settings() -> str:
+def tokenizer_settings(vocabulary: Vocabulary) -> str:
     """tokenizer_config.json, for those who load the folder with transformers."""
-    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    named = {"bos_token": "<s>", "eos_token": "</s>"} | ({"pad_token": "<pad>"} if "pad" in vocabulary.controls else {})
     raw = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
     return json.dumps(raw, indent=2) + "\n"

@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from jam.checkpoint import read_json
-from jam.convert.outputs import Output, beside, copied, stacked
+from jam.convert.outputs import Output, beside, check_shapes, copied, stacked
 from jam.convert.pickles import PickledTensor, Pickles
 from jam.errors import CheckpointError
 from jam.floats import LONG
@@ -60,7 +60,13 @@ def find_parts(source: Path) -> tuple[Path, ...]:
             raise CheckpointError(
                 f"{path}: a piece of a tensor-parallel part; whole parts are required, join the pieces with metaseq"
             )
-        parts[int(re.search(r"model_part-(\d+)", path.name)[1])] = path
+        number = re.search(r"model_part-(\d+)\.pt$", path.name)
+        if number is None:
+            raise CheckpointError(
+                f"{path}: a part without a number; parts model_part-0.pt, model_part-1.pt and so on are required, "
+                "restore its name"
+            )
+        parts[int(number[1])] = path
     if list(parts) and sorted(parts) != list(range(len(parts))):
         raise CheckpointError(f"{source}: parts {sorted(parts)}; all from 0 on are required, fetch the missing ones")
     return tuple(parts[number] for number in sorted(parts))
@@ -122,7 +128,7 @@ def read_metaseq(pickles: Pickles, settings: dict | None = None, files: Sequence
             "positions are read, use another checkpoint"
         )
     config = _config(outputs, layers, found, shared, where)
-    _check_shapes(outputs, config, where)
+    check_shapes(outputs, FAMILIES["opt"], config, where)
     return Metaseq(tuple(outputs), config, len(left_out))
 
 
@@ -161,7 +167,19 @@ class _Reader:
                     f"{self.where}: part {number} has no tensor decoder.{name}; a whole checkpoint is required, "
                     "restore it"
                 )
-        return [state[name] for state in self.states]
+        tensors = [state[name] for state in self.states]
+        if len({(tensor.dtype, tensor.shape) for tensor in tensors}) > 1:
+            raise CheckpointError(
+                f"{self.where}: tensor decoder.{name} differs between parts in type or shape; parts of one checkpoint "
+                "are required"
+            )
+        rank = 1 if name.endswith("bias") or "layer_norm." in name else 2
+        if len(tensors[0].shape) != rank:
+            raise CheckpointError(
+                f"{self.where}: tensor decoder.{name} is {list(tensors[0].shape)}; {rank} axes are required, restore "
+                "the checkpoint"
+            )
+        return tensors
 
     def whole(self, name: str, target: str) -> Output:
         """A tensor that every part has whole. Raises CheckpointError when they differ."""
@@ -182,7 +200,12 @@ class _Reader:
         """Of every part the ``cut[0]``-th of ``cut[1]`` equal groups of rows."""
         pieces = []
         for tensor in tensors:
-            size = tensor.shape[0] // cut[1]
+            size, rest = divmod(tensor.shape[0], cut[1])
+            if rest:
+                raise CheckpointError(
+                    f"{self.where}: tensor decoder.{tensor.name.removeprefix('decoder.')} has {tensor.shape[0]} rows; "
+                    f"{cut[1]} equal groups are required, restore the checkpoint"
+                )
             pieces.append(copied(self.pickles, target, tensor, slice(cut[0] * size, (cut[0] + 1) * size)))
         return pieces[0] if len(pieces) == 1 else stacked(target, pieces)
 
@@ -242,8 +265,8 @@ def _config(outputs: Sequence[Output], layers: int, found: dict, shared: bool, w
         "do_layer_norm_before": True,
         "enable_bias": "model.decoder.layers.0.fc1.bias" in shapes,
         "layer_norm_elementwise_affine": "model.decoder.final_layer_norm.weight" in shapes,
-        "dropout": float(found.get("dropout") or 0.0),
-        "attention_dropout": float(found.get("attention_dropout") or 0.0),
+        "dropout": _rate("dropout", found, where),
+        "attention_dropout": _rate("attention_dropout", found, where),
         "tie_word_embeddings": shared,
         "bos_token_id": 2,  # as transformers' OPT: metaseq begins a text with </s>
         "pad_token_id": 1,
@@ -252,18 +275,14 @@ def _config(outputs: Sequence[Output], layers: int, found: dict, shared: bool, w
     }
 
 
-def _check_shapes(outputs: Sequence[Output], config: dict, where: str) -> None:
-    """Raises CheckpointError unless the tensors are exactly those of an OPT of this configuration."""
-    family = FAMILIES["opt"]
-    sizes = family.sizes(config, where)
-    expected = {name: family.shape(sizes, axes) for name, axes in family.tensors(config).items()}
-    shapes = {output.spec.name: output.spec.shape for output in outputs}
-    for name in sorted(expected.keys() | shapes.keys()):
-        if expected.get(name) != shapes.get(name):
-            raise CheckpointError(
-                f"{where}: {name} is {shapes.get(name, 'missing')}, an OPT of these sizes has "
-                f"{expected.get(name, 'none')}; a whole checkpoint of one model is required, restore it"
-            )
+def _rate(key: str, found: dict, where: str) -> float:
+    value = found.get(key) or 0.0
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise CheckpointError(
+            f"{where}: setting {key} is {value!r}; a number from 0 to 1 is required, give the settings in a YAML file "
+            "with --config"
+        )
+    return float(value)
 
 
 def find_tokenizer(folder: Path) -> tuple[Path, ...] | None:

@@ -12,6 +12,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from jam.checkpoint import row_blocks
 from jam.convert.pickles import PickledTensor, Pickles
+from jam.errors import CheckpointError
+from jam.floats import STORED
+from jam.models.family import Family
 from jam.shards import ShardWriter, TensorSpec
 
 BLOCK = 1 << 22  # elements: large enough that asking another process costs little
@@ -19,10 +22,40 @@ BLOCK = 1 << 22  # elements: large enough that asking another process costs litt
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor to be written, and its blocks along the first axis in the tensor's own type."""
+    """A tensor to be written, and its blocks along the first axis in the tensor's own type.
+
+    Raises:
+        CheckpointError: a tensor without elements, or of a type that is no plain float.
+    """
 
     spec: TensorSpec
     blocks: Callable[[], Iterator[np.ndarray]]
+
+    def __post_init__(self) -> None:
+        spec = self.spec
+        if spec.dtype not in STORED:
+            raise CheckpointError(
+                f"tensor {spec.name} is {spec.dtype}; {', '.join(STORED)} are read, convert a checkpoint of float "
+                "weights"
+            )
+        if 0 in spec.shape:
+            raise CheckpointError(
+                f"tensor {spec.name} is {list(spec.shape)}, without a number in it; whole weights are required, "
+                "restore the checkpoint"
+            )
+
+
+def check_shapes(outputs: Sequence[Output], family: Family, config: dict, where: str) -> None:
+    """Raises CheckpointError unless the tensors are exactly those of the family in this configuration."""
+    sizes = family.sizes(config, where)
+    expected = {name: family.shape(sizes, axes) for name, axes in family.tensors(config).items()}
+    shapes = {output.spec.name: output.spec.shape for output in outputs}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if expected.get(name) != shapes.get(name):
+            raise CheckpointError(
+                f"{where}: {name} is {shapes.get(name, 'missing')}, a model of family {family.model_type} and these "
+                f"sizes has {expected.get(name, 'none')}; a whole checkpoint of one model is required, restore it"
+            )
 
 
 def copied(pickles: Pickles, name: str, tensor: PickledTensor, rows: slice | None = None) -> Output:

@@ -9,6 +9,8 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ import numpy as np
 
 from jam.errors import CheckpointError
 from jam.floats import STORED, all_finite
+from jam.header import shown
 
 _INHERITED = ("HOME", "LD_LIBRARY_PATH", "PATH", "SYSTEMROOT", "TMPDIR")  # what an interpreter needs to start
 _FOREIGN = re.compile(r"(?:GLOBAL|call reduce for|instantiate|but got) (?:unrecognized \w+ )?(\S+)")  # torch's words
@@ -56,11 +59,19 @@ class Pickles:
             stderr=subprocess.PIPE,
             env=environment,
         )
+        self._said = b""
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         try:
             self._read_tables()
         except BaseException:
             self.close()
             raise
+
+    def _listen(self) -> None:
+        """The end of what the process says of itself; a pipe that nobody empties would hold it up for good."""
+        while chunk := self._process.stderr.read1(1 << 16):
+            self._said = (self._said + chunk)[-2000:]
 
     def _read_tables(self) -> None:
         line = self._process.stdout.readline()
@@ -79,7 +90,7 @@ class Pickles:
         """The weights of a file by name: under ``state_dict`` or ``model`` where it has one, else its own tensors.
 
         Raises:
-            CheckpointError: no tensors there.
+            CheckpointError: no tensors there, two of one name, or a name that cannot be printed.
         """
         plain = self.plain[file]
         key = next((key for key in ("state_dict", "model") if isinstance(plain, dict) and plain.get(key)), None)
@@ -87,6 +98,14 @@ class Pickles:
         found = {}
         for index, (place, dtype, shape, same) in enumerate(self._tensors[file]):
             if len(place) == len(prefix) + 1 and place[: len(prefix)] == prefix:
+                if not place[-1] or not place[-1].isprintable():
+                    raise CheckpointError(
+                        f"{self.paths[file]}: a tensor named {shown(place[-1])}; names must be printable, rename it"
+                    )
+                if place[-1] in found:
+                    raise CheckpointError(
+                        f"{self.paths[file]}: two tensors are named {place[-1]}; names must differ, rename one"
+                    )
                 found[place[-1]] = PickledTensor(place[-1], dtype, shape, file, index, same)
         if not found:
             raise CheckpointError(
@@ -132,9 +151,10 @@ class Pickles:
 
     def _broken(self) -> CheckpointError:
         code = self._process.wait()
-        said = self._process.stderr.read()[-2000:].decode("utf-8", "replace").strip().splitlines()
+        self._listener.join()
+        said = self._said.decode("utf-8", "replace").strip().splitlines()
         reason = f"it was ended by signal {-code}" if code < 0 else f"it ended with {code}"
-        last = f": {said[-1][:200]}" if said else ""
+        last = f": {shown(said[-1])}" if said else ""
         return CheckpointError(
             f"{', '.join(path.name for path in self.paths)}: the process that reads pickles stopped ({reason}{last}); "
             "a whole file and enough memory are required, check both and try again"
@@ -143,6 +163,7 @@ class Pickles:
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
+        self._listener.join()
         for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
             try:
                 pipe.close()
@@ -160,10 +181,11 @@ def _refusal(path: str, error: str) -> CheckpointError:
     reason = " ".join(error.split())
     if named := _FOREIGN.search(reason):
         return CheckpointError(
-            f"{path}: the pickle asks for {named[1]}, which is no weight and could run code; it was not loaded, a "
-            "file of tensors and plain values is required, ask its owner for safetensors"
+            f"{path}: the pickle asks for {shown(named[1])}, which is no weight and could run code; it was not loaded, "
+            "a file of tensors and plain values is required, ask its owner for safetensors"
         )
+    first = re.split(r"(?<=[.!?])\s", reason, maxsplit=1)[0].rstrip(".")
     return CheckpointError(
-        f"{path}: cannot be read as a pickle of weights ({reason[:200]}); the file is truncated, damaged or none that "
-        "torch.save wrote, fetch it again"
+        f"{path}: cannot be read as a pickle of weights; the file is truncated, damaged or none that torch.save wrote, "
+        f"fetch it again (torch says: {shown(textwrap.shorten(first, 200, placeholder=' ...'))})"
     )

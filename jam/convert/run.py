@@ -9,7 +9,7 @@ import sys
 from enum import StrEnum
 from pathlib import Path
 
-from jam.checkpoint import write_json
+from jam.checkpoint import INDEX, WEIGHTS, check_place, write_json
 from jam.convert.chameleon import Chameleon, find_chameleon, tokenizer_settings
 from jam.convert.metaseq import find_parts, find_tokenizer, make_tokenizer, read_metaseq
 from jam.convert.outputs import Bar, Output
@@ -50,6 +50,8 @@ def run_convert(source: Path, out: Path, kind: str | None = None, settings: Path
     source, out = Path(source), Path(out)
     if not source.exists():
         raise CheckpointError(f"{source}: no such file or folder; give a checkpoint")
+    if not (source.is_file() or source.is_dir()):
+        raise CheckpointError(f"{source}: neither a file nor a folder; give a checkpoint")
     check_output(out)
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise CheckpointError(f"{out}: lies inside the source; a folder outside of it is required, choose another")
@@ -79,6 +81,8 @@ def tell_kind(source: Path) -> SourceKind:
             return SourceKind.vqgan if "model_type" not in raw and "channel_mult" in raw else SourceKind.transformers
         if find_parts(source):
             return SourceKind.metaseq
+        if any((source / name).is_file() for name in (WEIGHTS, INDEX)):
+            raise CheckpointError(f"{source}: already safetensors, nothing to convert; give jam this folder as it is")
     with Pickles([_one_pickle(source)]) as pickles:
         state = pickles.state()
     if is_vqgan(state):
@@ -87,6 +91,8 @@ def tell_kind(source: Path) -> SourceKind:
         return SourceKind.metaseq
     meta = "tok_embeddings.weight" in state
     hint = "give the folder that holds models and tokenizer" if meta else "name it with --kind"
+    if source.is_file() and (source.parent / "config.json").is_file():
+        hint = f"give the folder {source.parent} if it is a transformers model, or name it with --kind"
     raise CheckpointError(
         f"{source}: tensors {', '.join(sorted(state)[:3])}, ... of an unknown kind; {', '.join(SourceKind)} are known, "
         f"{hint}"
@@ -102,6 +108,7 @@ def _one_pickle(source: Path) -> Path:
             f"{source}: {len(files)} pickles ({', '.join(PICKLES)}) and no layout that jam knows; one is required, or "
             "a folder as Meta, metaseq or transformers ships it, name the file"
         )
+    check_place(source, files[0])
     return files[0]
 
 
@@ -148,7 +155,7 @@ def _chameleon(source: Path, out: Path, settings: Path | None) -> str:
             write_vqgan(images, writer.folder / IMAGE_TOKENIZER, bar)
             write_json(writer.folder / "config.json", model.config)
             (writer.folder / "tokenizer.json").write_bytes(text.read_bytes())
-            (writer.folder / "tokenizer_config.json").write_text(tokenizer_settings())
+            (writer.folder / "tokenizer_config.json").write_text(tokenizer_settings(model.vocabulary))
             record.write(writer.folder)
             writer.finish()
     averaged = f", {model.averaged} norms that differed between shards averaged" if model.averaged else ""
@@ -157,10 +164,14 @@ def _chameleon(source: Path, out: Path, settings: Path | None) -> str:
 
 def _metaseq(source: Path, out: Path, settings: Path | None) -> str:
     parts = find_parts(source) or (_one_pickle(source),)
+    for part in parts if source.is_dir() else ():
+        check_place(source, part)
     with Pickles(parts) as pickles:
         model = read_metaseq(pickles, None if settings is None else read_settings(settings))
         folder = source if source.is_dir() else source.parent
         files = find_tokenizer(folder)
+        for file in files or ():
+            check_place(folder, file)
         tokenizer = None if files is None else make_tokenizer(files, model.config["vocab_size"])
         with ShardWriter(out, [output.spec for output in model.outputs], side_bytes=1 << 24) as writer:
             with Bar(_bytes(model.outputs)) as bar:
@@ -175,6 +186,8 @@ def _metaseq(source: Path, out: Path, settings: Path | None) -> str:
 
 def _transformers(source: Path, out: Path, settings: Path | None) -> str:
     paths = find_bins(source) if source.is_dir() else ()
+    if source.is_file():
+        raise CheckpointError(f"{source}: a file; a transformers folder is required, give the folder {source.parent}")
     if not paths:
         raise CheckpointError(
             f"{source}: no pytorch_model.bin and no index of its parts; a transformers folder is required, name one"

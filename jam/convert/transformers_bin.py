@@ -9,11 +9,12 @@ import re
 import shutil
 from pathlib import Path
 
-from jam.checkpoint import read_json
+from jam.checkpoint import check_place, read_json
 from jam.convert.outputs import Output, copied
 from jam.convert.pickles import Pickles
 from jam.errors import CheckpointError
 from jam.floats import STORED
+from jam.header import shown
 from jam.models.families import FAMILIES
 from jam.models.family import HEAD
 
@@ -26,18 +27,24 @@ def find_bins(source: Path) -> tuple[Path, ...]:
     """The weight files of a transformers folder in order; none where there are none.
 
     Raises:
-        CheckpointError: an index that names files outside the folder or that are missing.
+        CheckpointError: an index that names files outside the folder or that are missing, or links out of it.
     """
     if (source / "pytorch_model.bin").is_file():
+        check_place(source, source / "pytorch_model.bin")
         return (source / "pytorch_model.bin",)
     if not (source / INDEX).is_file():
         return ()
+    check_place(source, source / INDEX)
     mapping = read_json(source / INDEX).get("weight_map")
     if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
         raise CheckpointError(f"{source / INDEX}: no weight_map of tensor to file; restore the index")
     names = sorted(set(mapping.values()))
     if wrong := [name for name in names if Path(name).name != name or not (source / name).is_file()]:
-        raise CheckpointError(f"{source}: {INDEX} names {wrong[0]}, which is not there; fetch the whole checkpoint")
+        raise CheckpointError(
+            f"{source}: {INDEX} names {shown(wrong[0])}, which is not there; fetch the whole checkpoint"
+        )
+    for name in names:
+        check_place(source, source / name)
     return tuple(source / name for name in names)
 
 
@@ -48,11 +55,17 @@ def bin_outputs(source: Path, pickles: Pickles) -> tuple[list[Output], int]:
         CheckpointError: no config.json, a tensor in two files, or one of a type that is no plain float.
     """
     config = read_json(source / "config.json")
-    family = FAMILIES.get(config.get("model_type"))
+    model_type = config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     tied = config.get("tie_word_embeddings", family.defaults.get("tie_word_embeddings") if family else False)
     found, left_out = {}, 0
     for file, path in enumerate(pickles.paths):
         for name, tensor in pickles.state(file).items():
+            if 0 in tensor.shape and tensor.dtype in STORED:
+                raise CheckpointError(
+                    f"{path}: tensor {name} is {list(tensor.shape)}, without a number in it; whole weights are "
+                    "required, restore the checkpoint"
+                )
             if name in found:
                 raise CheckpointError(
                     f"{path}: tensor {name} is in {pickles.paths[found[name].file].name} too; each tensor must be "
@@ -77,10 +90,13 @@ def bin_outputs(source: Path, pickles: Pickles) -> tuple[list[Output], int]:
 
 def side_files(source: Path) -> list[Path]:
     """What goes along, relative to ``source``: every file but pickles, other formats' weights, hidden files, and the
-    safetensors that the new ones replace."""
+    safetensors that the new ones replace. Raises CheckpointError for a link out of the folder."""
     replaced = {path.relative_to(source) for path in source.glob("*.safetensors*")}
     files = {path.relative_to(source) for path in source.rglob("*") if path.is_file()} - replaced
-    return [path for path in sorted(files) if not any(_NOT_COPIED.search(part) for part in path.parts)]
+    kept = [path for path in sorted(files) if not any(_NOT_COPIED.search(part) for part in path.parts)]
+    for path in kept:
+        check_place(source, source / path)
+    return kept
 
 
 def copy_files(source: Path, files: list[Path], folder: Path) -> None:

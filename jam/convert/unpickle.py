@@ -16,8 +16,11 @@ import json
 import resource
 import sys
 import zipfile
+from collections.abc import Iterator
 
 CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+MAX_PICKLE = 64 << 20  # bytes of a zip's data.pkl: names and shapes, the numbers are in other members
+MAX_DEPTH, MAX_VALUES = 64, 1 << 21  # of a pickle's plain content, whose parts may be one another's
 NEW_NETWORK, NEW_USER = 0x40000000, 0x10000000  # flags of Linux' unshare
 
 
@@ -36,6 +39,19 @@ def write_no_files() -> None:
         resource.setrlimit(limit, (0, 0))
 
 
+def check_members(path: str) -> None:
+    """Raises ValueError, BadZipFile for a zip that would unpack to more than torch.save puts there."""
+    with open(path, "rb") as stream:
+        if stream.read(4) != b"PK\x03\x04":
+            return
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+                raise ValueError(f"{member.filename!r} in it is compressed, which torch.save never does")
+            if member.filename.endswith("data.pkl") and member.file_size > MAX_PICKLE:
+                raise ValueError(f"its pickle has {member.file_size} bytes, {MAX_PICKLE} are the most that is read")
+
+
 def main(paths: list[str]) -> None:
     leave_network()
     import torch
@@ -49,18 +65,16 @@ def main(paths: list[str]) -> None:
     }
     files, tables = [], []
     for path in paths:
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace, (Nothing, CALLBACK)]):
-                root = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except Exception as error:  # whatever a foreign file makes torch say, the parent says it in one line
-            first = error.__context__ or error  # torch wraps it in advice to load without the guard
-            print(json.dumps({"path": path, "error": f"{type(first).__name__}: {first}"}), flush=True)
-            return
         found: list[dict] = []
         tensors: list = []
+        left = iter(range(MAX_VALUES))
 
-        def walk(value: object, place: list[str], found: list = found, tensors: list = tensors) -> object:
-            """Plain values as JSON, tensors set apart with the place where they stood."""
+        def walk(
+            value: object, place: list[str], found: list = found, tensors: list = tensors, left: Iterator = left
+        ) -> object:
+            """Plain values as JSON, tensors set apart with the place where they stood. Raises ValueError."""
+            if len(place) > MAX_DEPTH or next(left, None) is None:
+                raise ValueError(f"nested deeper than {MAX_DEPTH} levels, or more than {MAX_VALUES} values")
             if isinstance(value, torch.Tensor):
                 shape, same = list(value.shape), [len(found)]
                 dense = value.layout == torch.strided and not value.is_quantized
@@ -78,9 +92,17 @@ def main(paths: list[str]) -> None:
                 return [walk(item, [*place, str(index)]) for index, item in enumerate(value)]
             return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
-        files.append({"plain": walk(root, []), "tensors": found})
+        try:
+            check_members(path)
+            with torch.serialization.safe_globals([argparse.Namespace, (Nothing, CALLBACK)]):
+                root = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            files.append(json.dumps({"plain": walk(root, []), "tensors": found}))
+        except Exception as error:  # whatever a foreign file makes torch say, the parent says it in one line
+            first = error.__context__ or error  # torch wraps it in advice to load without the guard
+            print(json.dumps({"path": path, "error": f"{type(first).__name__}: {first}"[:2000]}), flush=True)
+            return
         tables.append(tensors)
-    print(json.dumps({"files": files}), flush=True)
+    print(f'{{"files": [{", ".join(files)}]}}', flush=True)
     for line in sys.stdin:
         file, index, start, stop = json.loads(line)
         tensor = tables[file][index]

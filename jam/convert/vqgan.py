@@ -4,22 +4,22 @@ Tensors keep their names and their own type, mostly float32: rounding an encoder
 beside them (discriminator, perceptual loss) is left out and counted.
 """
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from jam.checkpoint import write_json
+from jam.checkpoint import read_json, write_json
 from jam.convert.outputs import Bar, Output, copied, made
 from jam.convert.pickles import PickledTensor, Pickles
-from jam.errors import CheckpointError
+from jam.errors import CheckpointError, RecipeError
+from jam.recipe_tree import read_tree
 from jam.shards import ShardWriter
 from jam.tokens.vq import VQModel
 from jam.tokens.vq_config import CODEBOOK, VQConfig, muse_config, own_name, taming_config
+
+MAX_YAML = 1 << 20  # bytes; settings have some thousand, and the parser takes seconds for a megabyte
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,24 @@ def is_vqgan(state: dict[str, PickledTensor]) -> bool:
 
 
 def read_settings(path: Path) -> dict:
-    """A mapping from a YAML or JSON file. Raises CheckpointError when it is missing or holds none."""
+    """A mapping from a YAML file or a ``.json``. Raises CheckpointError when it is missing, holds none, or has aliases,
+    which can stand for more than any memory holds."""
+    if path.suffix == ".json":
+        return read_json(path)
     try:
-        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: cannot be read as YAML ({reason}); give another file with --config") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: holds a {type(raw).__name__}; a mapping is required, give another --config")
-    return json.loads(json.dumps(raw, default=str))
+        if (size := path.stat().st_size) > MAX_YAML:
+            raise CheckpointError(
+                f"{path}: {size} bytes; settings of {MAX_YAML} at most are required, give another file with --config"
+            )
+        tree = read_tree(path)
+        if tree.mistakes:
+            raise tree.report()
+    except (OSError, RecursionError, RecipeError) as error:
+        reason = str(error).splitlines()[0].removeprefix(f"{path}:") if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: cannot be read as YAML ({reason.strip()}); give another file with --config"
+        ) from None
+    return tree.values
 
 
 def read_vqgan(pickles: Pickles, file: int, settings: Path, order: np.ndarray | None = None) -> VQGan:
@@ -71,6 +80,11 @@ def read_vqgan(pickles: Pickles, file: int, settings: Path, order: np.ndarray | 
     state = pickles.state(file)
     kept = {name: tensor for name, tensor in state.items() if own_name(name, where) is not None}
     config = replace(config, decoder=any(name.startswith("decoder.") for name in kept))
+    if config.num_res_blocks * len(config.ch_mult) > len(kept):  # a network that large takes an hour to lay out
+        raise CheckpointError(
+            f"{where}: {len(kept)} tensors, {settings.name} asks for {config.num_res_blocks} blocks at each of "
+            f"{len(config.ch_mult)} sizes; both must be of one tokenizer, give its own yaml with --config"
+        )
     if difference := _difference(kept, _shapes(config, settings)):
         raise CheckpointError(
             f"{where}: {difference} in {settings.name}; both must be of one tokenizer, give its own yaml with --config"

@@ -1,5 +1,6 @@
 """What ``jam convert`` refuses: one line, exit code 2, nothing run and nothing left."""
 
+import itertools
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +20,10 @@ import torch
 from jam.cli import main
 from jam.convert.metaseq import make_tokenizer, read_metaseq
 from jam.convert.pickles import Pickles
-from jam.convert.vqgan import read_vqgan
+from jam.convert.vqgan import read_settings, read_vqgan
 from jam.errors import CheckpointError
+from jam.header import shown
+from jam.layouts import open_model
 from tests.convert.owners import DDCONFIG, metaseq_args, metaseq_parts, write_chameleon, write_vqgan, write_yaml
 from tests.tiny import edit_json, network_class, randomize, tiny_config
 
@@ -285,3 +289,165 @@ def test_bins_with_whole_numbers_or_twice_the_same_name_are_refused(tmp_path: Pa
     assert "is in a.bin too" in refused(capsys, folder)
     index.write_text('{"weight_map": {"w": "../a.bin"}}')
     assert "names ../a.bin, which is not there" in refused(capsys, folder)
+
+
+def test_content_without_end_and_zips_that_grow_are_refused(tmp_path: Path, capsys):
+    endless: dict = {}
+    endless |= {"a": endless, "t": torch.zeros(1)}
+    deep, doubled = [torch.zeros(1)], [torch.zeros(1)]
+    for _ in range(200):
+        deep = [deep]
+    for _ in range(40):
+        doubled = [doubled, doubled]
+    for name, content in {"self": endless, "deep": {"x": deep}, "twice": {"x": doubled}}.items():
+        (tmp_path / name).mkdir()
+        torch.save(content, tmp_path / name / "a.pt")
+        said = refused(capsys, tmp_path / name / "a.pt")
+        assert "nested deeper than 64 levels" in said
+    (tmp_path / "zip").mkdir()
+    file = tmp_path / "zip" / "a.pt"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(1 << 20))
+    assert "'a/data.pkl' in it is compressed" in refused(capsys, file)
+
+
+def test_names_are_printed_safely(tmp_path: Path, capsys):
+    for number, name in enumerate(("a\x1b[31mX\nerror: fake", "a\nb", "")):
+        (tmp_path / str(number)).mkdir()
+        torch.save({name: torch.ones(2)}, tmp_path / str(number) / "a.pt")
+        said = refused(capsys, tmp_path / str(number) / "a.pt")
+        assert f"a tensor named {shown(name)}; " in said and "\x1b" not in said
+        assert "names must be printable" in said
+
+
+def test_a_truncated_file_is_said_in_our_words(tmp_path: Path, capsys):
+    (tmp_path / "in").mkdir()
+    torch.save({"w": torch.ones(999)}, tmp_path / "in" / "a.pt", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "in" / "a.pt").read_bytes()
+    (tmp_path / "in" / "a.pt").write_bytes(content[:400])
+    said = refused(capsys, tmp_path / "in" / "a.pt")
+    assert "weights; the file is truncated, damaged or none that torch.save wrote, fetch it again (torch says" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("layers.1.feed_forward.w2.weight", torch.ones(7, 5)),
+        ("norm.weight", torch.ones(5)),
+        ("layers.0.attention.wv.weight", torch.ones(5)),
+        ("layers.0.attention.wk.weight", torch.ones(0, 32)),
+        ("layers.0.attention.wo.weight", torch.ones(32, 32).long()),
+        ("tok_embeddings.weight", torch.tensor(1.0)),
+    ],
+)
+def test_a_chameleon_with_misshapen_tensors_is_refused(tmp_path: Path, capsys, name: str, tensor: torch.Tensor):
+    write_chameleon(tmp_path / "in", 1)
+    file = next((tmp_path / "in" / "models" / "7b").glob("*.pth"))
+    rewrite(file, lambda state: state.update({name: tensor}))
+    said = refused(capsys, tmp_path / "in")
+    assert f"tensor {name} is" in said or "a model of family chameleon and these sizes" in said or "wo" in name
+    assert "wo" not in name or "self_attn.o_proj.weight is torch.int64" in said
+
+
+def test_a_chameleon_may_lack_a_padding_token(tmp_path: Path):
+    write_chameleon(tmp_path / "in", 1)
+    file = tmp_path / "in/tokenizer/text_tokenizer.json"
+    file.write_text(file.read_text().replace("<pad>", "<padding>"))
+    assert main(["convert", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
+    assert "pad_token_id" not in json.loads((tmp_path / "out/config.json").read_text())
+    assert "pad" not in open_model(tmp_path / "out").jam.vocabulary.controls
+
+
+def test_a_chameleons_base_of_rotary_positions_must_be_a_number(tmp_path: Path, capsys):
+    write_chameleon(tmp_path / "in", 1)
+    edit_json(tmp_path / "in/models/7b/params.json", {"model.rope_theta": "x"})
+    assert "rope_theta is 'x'" in refused(capsys, tmp_path / "in")
+
+
+def test_misshapen_metaseq_tensors_and_settings_are_refused(tmp_path: Path, capsys):
+    model = network_class("opt")(tiny_config("opt", vocab_size=60))
+    state = metaseq_parts(model, 1, True)[0]
+    table, fused = "decoder.embed_tokens.weight", "decoder.layers.0.self_attn.qkv_proj.weight"
+    for number, (content, message) in enumerate(
+        (
+            (
+                {"model": state | {table: torch.tensor(1.0)}, "args": metaseq_args()},
+                "embed_tokens.weight is []; 2 axes",
+            ),
+            ({"model": state | {table: torch.ones(0, 32)}, "args": metaseq_args()}, "is [0, 32], without a number"),
+            ({"model": state | {fused: torch.ones(97, 32)}, "args": metaseq_args()}, "has 97 rows; 3 equal groups"),
+            ({"model": state, "args": metaseq_args(dropout="x")}, "setting dropout is 'x'"),
+        )
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        torch.save(content, folder / "restored.pt")
+        assert message in refused(capsys, folder)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "model_part-a.pt").write_bytes(b"")
+    assert "a part without a number" in refused(capsys, tmp_path / "a")
+
+
+def test_bins_with_empty_tensors_or_a_model_type_that_is_no_word_are_refused(tmp_path: Path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": ["x"]}')
+    torch.save({"w": torch.ones(0, 8)}, folder / "pytorch_model.bin")
+    assert "tensor w is [0, 8], without a number" in refused(capsys, folder)
+
+
+def test_links_out_of_a_folder_of_bins_are_refused(tmp_path: Path, capsys):
+    (tmp_path / "secret").write_text("secret")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    torch.save({"w": torch.ones(2)}, folder / "pytorch_model.bin")
+    (folder / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    assert f"chat_template.jinja: a link to {tmp_path / 'secret'}" in refused(capsys, folder)
+    (folder / "chat_template.jinja").unlink()
+    (folder / "pytorch_model.bin").rename(tmp_path / "other.bin")
+    (folder / "pytorch_model.bin").symlink_to(tmp_path / "other.bin")
+    assert "pytorch_model.bin: a link to" in refused(capsys, folder)
+    for name in ("restored.pt", "other.ckpt"):
+        (folder / "pytorch_model.bin").unlink(missing_ok=True)
+        (folder / name).symlink_to(tmp_path / "other.bin")
+        assert f"{name}: a link to" in refused(capsys, folder, "--kind", "vqgan" if "ckpt" in name else "metaseq")
+        (folder / name).unlink()
+
+
+def test_yaml_that_is_no_plain_tree_is_refused(tmp_path: Path):
+    file = tmp_path / "a.yaml"
+    bomb = "a: &a [1, 1]\n" + "".join(
+        f"{b}: &{b} [*{a}, *{a}]\n" for a, b in itertools.pairwise("abcdefghijklmnopqrst")
+    )
+    for text in (
+        bomb,
+        "a: &a [*a]",
+        "[" * 3000,
+        "a: " + "[" * 900 + "]" * 900,
+        "? [1]\n: 2",
+        "a: !!int x",
+        "#" * (2 << 20),
+    ):
+        file.write_text(text)
+        with pytest.raises(CheckpointError) as error:
+            read_settings(file)
+        assert "\n" not in str(error.value) and "--config" in str(error.value)
+    file.write_text("2020-01-01: 2021-01-01\n1: 2\n")
+    assert read_settings(file) == {"2020-01-01": "2021-01-01", "1": 2}
+
+
+def test_one_says_what_to_give(tmp_path: Path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    torch.save({"w": torch.ones(2)}, folder / "pytorch_model.bin")
+    out = ["--out", str(tmp_path / "out")]
+    for more in ([], ["--kind", "transformers"]):
+        assert main(["convert", str(folder / "pytorch_model.bin"), *out, *more]) == 2
+        assert f"give the folder {folder}" in capsys.readouterr().err
+    (folder / "pytorch_model.bin").rename(folder / "training_args.bin")
+    (folder / "model.safetensors").write_bytes(b"")
+    assert "already safetensors, nothing to convert" in refused(capsys, folder)
+    os.mkfifo(tmp_path / "pipe")
+    assert "neither a file nor a folder" in refused(capsys, tmp_path / "pipe")

@@ -49,6 +49,17 @@ def test_a_fused_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     found = inspect(capsys, tmp_path / "out")
     assert "jam_cross" in found and "after layers 2|2, 4|4" in found and "bfloat16" in found
     assert "fused by method cross, text llama, image opt" in found
+    assert "context 256 positions, the fewer of both towers" in found and "turns user and assistant controls" in found
+    assert "cross yes" in (pair := inspect(capsys, text, image)) and "parameters; context 256 positions; " in pair
+
+
+def test_an_image_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    _, image = tiny_pair(tmp_path)
+    found = inspect(capsys, image / "image_tokenizer")
+    assert "image tokenizer 4 codes of 16, 8 px; give it to --image-tokenizer" in found and "parent" not in found
+    (image / "image_tokenizer" / "config.json").write_text('{"model_type": "vqgan"}')
+    assert main(["inspect", str(image / "image_tokenizer")]) == 2
+    assert "no sizes of a vqgan network" in capsys.readouterr().err
 
 
 def test_two_that_fit_by_every_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
