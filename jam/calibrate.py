@@ -10,6 +10,7 @@ a little more with every layer, and off-diagonal blocks other than zero move it 
 """
 
 import hashlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,9 +69,13 @@ def run_calibrate(
         What was written.
 
     Raises:
-        MergeError: parents that no width merge can fuse.
+        MergeError: parents that no width merge can fuse, or ``out`` taken or in no folder.
         CheckpointError, DataError: a damaged parent or data file; an image parent without image tokenizer.
     """
+    if out.exists() or out.is_symlink():
+        raise MergeError(f"{out}: exists already; a new file is required, remove it or choose another name")
+    if not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
+        raise MergeError(f"{out}: no folder there that can be written; one is required, make it or choose another")
     pair = Pair(read_parent(text or assets.TEXT_PARENT, "text"), read_parent(image or assets.IMAGE_PARENT, "image"))
     lenient = WidthSection(off_diagonal="zero", qk_norm="average")
     if reasons := obstacles(pair, MergeRecipe(method="width", out=out, width=lenient)):

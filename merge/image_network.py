@@ -17,7 +17,7 @@ from jam.floats import from_float32
 from jam.layouts import ModelFolder
 from jam.shards import copy_tensors
 from jam.tokens.vocabulary import Vocabulary
-from jam.tokens.vq_config import CODEBOOK
+from jam.tokens.vq_config import CODEBOOK, VQConfig
 
 FOLDER = "image_tokenizer"
 
@@ -76,7 +76,8 @@ def own_network(model: ModelFolder) -> ImageNetwork | None:
     """The image network of an image parent: its passengers, or the folder that its ``jam.json`` names.
 
     Raises:
-        CheckpointError: the folder is not whole, or has another number of codes than there are image ids.
+        CheckpointError: the folder is not whole, its configuration and codebook disagree, or it is of other sizes than
+            the parent's images.
     """
     path = model.checkpoint.path
     if model.passengers is not None:
@@ -92,6 +93,8 @@ def own_network(model: ModelFolder) -> ImageNetwork | None:
             f"{folder}: a codebook of {network.codes} codes, jam.json has {model.jam.vocabulary.codebook_size} image "
             "ids; they must agree, restore the image tokenizer"
         )
+    if reason := _mismatch(network, model.jam.vocabulary):
+        raise CheckpointError(f"{folder}: {reason}, restore the image tokenizer")
     return network
 
 
@@ -110,29 +113,44 @@ def given_network(folder: Path, model: ModelFolder) -> ImageNetwork:
         raise MergeError(f"{folder}: the image parent has no image ids; leave image_tokenizer out, or use another")
     if CODEBOOK not in source.tensors:
         raise MergeError(f"{folder}: no tensor {CODEBOOK}; a folder with an image tokenizer is required, name one")
-    if network.codes != vocabulary.codebook_size or source.tensors[CODEBOOK].shape[0] != vocabulary.codebook_size:
+    if network.codes != vocabulary.codebook_size or source.tensors[CODEBOOK].shape[:1] != (vocabulary.codebook_size,):
         raise MergeError(
             f"{folder}: a codebook of {network.codes} codes, the image parent has {vocabulary.codebook_size} image "
             "ids; they must agree, name the model's own image tokenizer"
         )
-    _check_size(network, vocabulary)
+    if reason := _mismatch(network, vocabulary):
+        raise MergeError(f"{folder}: {reason}, name the model's own image tokenizer")
     own, order = own_network(model), model.code_order
     if own is not None:
         order = _order_of(network, own, model.code_order)
     return ImageNetwork(source, order, network.folder, network.origin)
 
 
-def _check_size(network: ImageNetwork, vocabulary: Vocabulary) -> None:
-    config = network.source.config
-    try:
-        codes = (config["resolution"] // config["patch"] // 2 ** (len(config["ch_mult"]) - 1)) ** 2
-    except (KeyError, TypeError, ZeroDivisionError):
-        return  # another class than the VQGAN; its own loader knows
-    if codes != vocabulary.codes_per_image:
-        raise MergeError(
-            f"{network.folder}: {codes} codes an image, the image parent has {vocabulary.codes_per_image}; they must "
-            "agree, name the model's own image tokenizer"
+def _mismatch(network: ImageNetwork, vocabulary: Vocabulary) -> str | None:
+    """What in a network's configuration, codebook and images does not agree, or None."""
+    config, table = network.source.config, network.source.tensors.get(CODEBOOK)
+    if table is None:
+        return f"no tensor {CODEBOOK}; a codebook is required"
+    vqgan = config.get("model_type") == "vqgan"  # another class's own loader knows its sizes
+    sizes = vars(VQConfig()) | config  # absent keys have the class's defaults
+    width = [sizes["embed_dim"]] if vqgan else list(table.shape[1:])
+    if list(table.shape) != [vocabulary.codebook_size, *width]:
+        return (
+            f"tensor {CODEBOOK} is {list(table.shape)}, its config.json and the image ids ask for "
+            f"{[vocabulary.codebook_size, *width]}; they must agree"
         )
+    if not vqgan:
+        return None
+    for key in ("resolution", "patch"):
+        if type(sizes[key]) is not int or sizes[key] < 1:
+            return f"config.json has {key} {sizes[key]!r}; a positive whole number is required"
+    levels = sizes["ch_mult"]
+    if not isinstance(levels, list | tuple) or not levels or any(type(one) is not int or one < 1 for one in levels):
+        return f"config.json has ch_mult {levels!r}; a list of positive whole numbers is required"
+    codes = (sizes["resolution"] // sizes["patch"] // 2 ** (len(levels) - 1)) ** 2
+    if codes != vocabulary.codes_per_image:
+        return f"{codes} codes an image, the image parent has {vocabulary.codes_per_image}; they must agree"
+    return None
 
 
 def _order_of(given: ImageNetwork, own: ImageNetwork, order: np.ndarray | None) -> np.ndarray | None:

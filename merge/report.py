@@ -11,15 +11,19 @@ import numpy as np
 
 from jam import __version__
 from jam.models.family import HEAD
-from merge.doubts import doubts
+from merge.doubts import agreements, doubts
 from merge.forecast import Forecast
 from merge.plan import Job, Parent, Plan
 from merge.recipe import MergeRecipe
 from merge.union import Pair
 
 
-def report(plan: Plan, pair: Pair, recipe: MergeRecipe) -> dict:
-    """Where everything comes from: parents, every tensor's fate, every vocabulary row's source."""
+def report(plan: Plan, pair: Pair, recipe: MergeRecipe, doubtful: list[str]) -> dict:
+    """Where everything comes from: parents, every tensor's fate, every vocabulary row's source.
+
+    Args:
+        doubtful: what ``doubts`` found.
+    """
     return {
         "format": 1,
         "jam": __version__,
@@ -38,7 +42,7 @@ def report(plan: Plan, pair: Pair, recipe: MergeRecipe) -> dict:
         },
         "preserves": plan.preserves,
         "notes": list(plan.notes),
-        "checks": doubts(pair, plan.method),
+        "checks": [*doubtful, *agreements(pair, plan.method)],
         "dtype": recipe.dtype,
         "parameters": plan.parameters,
         "settings": dict(plan.figures) | plan.measured(),
@@ -79,11 +83,12 @@ def input_fates(plan: Plan, parent: Parent) -> dict[str, str]:
 def compact_json(value: dict) -> str:
     """Indented JSON with the innermost lists and ranges on one line each."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
-    return re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), text) + "\n"
+    # a line break is never inside a string of JSON
+    return re.sub(r"\[[^\[\]{}]*\]", lambda match: re.sub(r"\n *", " ", match[0]), text) + "\n"
 
 
-def model_card(plan: Plan, pair: Pair) -> str:
-    """README.md of the result."""
+def model_card(plan: Plan, pair: Pair, doubtful: list[str]) -> str:
+    """README.md of the result; ``doubtful`` is what ``doubts`` found."""
     automatic = plan.method != "cross" and pair.image.family.automatic
     load = "AutoModelForCausalLM.from_pretrained(folder)" if automatic else "jam.models.load.load_bundle(Path(folder))"
     lines = ["---", "library_name: transformers", "pipeline_tag: any-to-any", "tags: [jam, merge]", "---", ""]
@@ -97,6 +102,7 @@ def model_card(plan: Plan, pair: Pair) -> str:
     ]
     lines += [f"Preserved: {plan.preserves}.", ""]
     lines += [f"* {note}" for note in plan.notes]
+    lines += [f"* check: {doubt}" for doubt in doubtful]
     lines += ["", f"Load with `{load}`. The weights are an initialisation: continue training before use.", ""]
     lines += ["`merge.yaml` is the recipe, `report.json` says where every tensor and vocabulary row came from.", ""]
     return "\n".join(lines)
@@ -121,7 +127,7 @@ def print_plan(plan: Plan, pair: Pair, recipe: MergeRecipe, cost: Forecast) -> N
     print(f"preserves: {plan.preserves}")
     for note in plan.notes:
         print(f"note: {note}")
-    for doubt in doubts(pair, plan.method):
+    for doubt in [*doubts(pair, plan.method), *agreements(pair, plan.method)]:
         print(f"check: {doubt}")
     for side in pair.sides:
         print(f"from the {side.side} parent {side.path}:")

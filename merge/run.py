@@ -30,6 +30,7 @@ from jam.memory import keep_freed_memory
 from jam.recipe import dump_recipe
 from jam.shards import ShardWriter, TensorSpec, check_output
 from merge import cross, uniform, width
+from merge.doubts import doubts
 from merge.forecast import forecast
 from merge.image_network import FOLDER
 from merge.plan import Parent, Plan, read_parent, token_ids
@@ -66,18 +67,19 @@ METHODS: dict[str, Method] = {
 }
 
 
-def run_merge(recipe: MergeRecipe, dry_run: bool = False) -> Path | None:
+def run_merge(recipe: MergeRecipe, dry_run: bool = False, quiet: bool = False) -> Path | None:
     """Fuse two parents as the recipe says.
 
     Args:
         dry_run: print the fate of every tensor and row, what is doubtful and what it will cost, and leave nothing
             behind.
+        quiet: say nothing of the result, which is a step of other work.
 
     Returns:
         The output folder, or None for a dry run.
 
     Raises:
-        MergeError: the parents do not allow the method, or the output folder is taken.
+        MergeError: the parents do not allow the method, the output folder is taken, or an input changed meanwhile.
         CheckpointError: a damaged parent, NaN or infinite weights, values that overflow the output type.
         JamError: the disk is full.
     """
@@ -87,22 +89,13 @@ def run_merge(recipe: MergeRecipe, dry_run: bool = False) -> Path | None:
         inputs["base"] = _top_files(recipe.uniform.base)
     specs = [TensorSpec(job.name, SHORT[recipe.dtype], job.shape) for job in plan.jobs]
     keep_freed_memory()  # blocks come and go thousands of times
+    _check_place(recipe, pair)
     if dry_run:
         read = sum(path.stat().st_size for files in inputs.values() for path in files.values())
         cost = forecast(plan, specs, read, existing(recipe.out), recipe.hash, time.process_time())
         print_plan(plan, pair, recipe, cost)
         return None
-    try:
-        check_output(recipe.out)
-    except CheckpointError as error:
-        raise MergeError(str(error)) from None
-    for parent in pair.sides:
-        if recipe.out.resolve().is_relative_to(parent.path.resolve()):
-            raise MergeError(f"{recipe.out}: lies inside the {parent.side} parent; choose a folder outside of it")
-    network = pair.image.network
-    given = None if network is None else network.folder
-    if given is not None and recipe.out.resolve().is_relative_to(given.resolve()):
-        raise MergeError(f"{recipe.out}: lies inside the image tokenizer; choose a folder outside of it")
+    network, key = pair.image.network, plan_key(plan, inputs, recipe)
     side_files = _side_files(pair)
     side_bytes = sum(source.stat().st_size for source in side_files.values()) + (1 << 20)
     side_bytes += 0 if network is None else network.bytes
@@ -113,7 +106,7 @@ def run_merge(recipe: MergeRecipe, dry_run: bool = False) -> Path | None:
             specs,
             shard_bytes=recipe.shard_bytes,
             side_bytes=side_bytes,
-            key=plan_key(plan, inputs, recipe),
+            key=key,
             hashed=recipe.hash,
         ) as writer,
         ThreadPoolExecutor(2) as pool,
@@ -127,16 +120,43 @@ def run_merge(recipe: MergeRecipe, dry_run: bool = False) -> Path | None:
             digests = {path: future.result() for path, future in hashes.items()}
         finally:
             stop.set()
-        record = report(plan, pair, recipe) | {"files": {side: _sizes(files) for side, files in inputs.items()}}
+        found = doubts(pair, plan.method)
+        record = report(plan, pair, recipe, found) | {"files": {side: _sizes(files) for side, files in inputs.items()}}
         if recipe.hash:
             record["sha256"] = {
                 side: {name: digests[path] for name, path in files.items()} for side, files in inputs.items()
             }
-        _write_side_files(plan, pair, recipe, side_files, writer.folder)
+        _write_side_files(plan, pair, recipe, found, side_files, writer.folder)
         _write_report(record, writer, recipe)
+        if plan_key(plan, inputs, recipe) != key:
+            raise MergeError(
+                f"{recipe.out}: an input file changed while it was read; files that stay as they are required, wait "
+                "for their writer and run again"
+            )
         writer.finish()
-    print(f"{recipe.out}: {plan.method} merge, {plan.parameters:,} parameters in {recipe.dtype}", file=sys.stderr)
+    if not quiet:
+        print(f"{recipe.out}: {plan.method} merge, {plan.parameters:,} parameters in {recipe.dtype}", file=sys.stderr)
+        for doubt in found:
+            print(f"check: {doubt}", file=sys.stderr)
     return recipe.out
+
+
+def _check_place(recipe: MergeRecipe, pair: Pair) -> None:
+    """Raises MergeError unless the output can become a new folder, outside of every input."""
+    try:
+        check_output(recipe.out)
+    except CheckpointError as error:
+        raise MergeError(str(error)) from None
+    network = pair.image.network
+    inputs = {
+        "the text parent": pair.text.path,
+        "the image parent": pair.image.path,
+        "the image tokenizer": None if network is None else network.folder,
+        "the ancestor": recipe.uniform.base,
+    }
+    for name, folder in inputs.items():
+        if folder is not None and recipe.out.resolve().is_relative_to(folder.resolve()):
+            raise MergeError(f"{recipe.out}: lies inside {name}; choose a folder outside of it")
 
 
 def parent_files(parent: Parent) -> Files:
@@ -195,11 +215,22 @@ def make_plan(recipe: MergeRecipe) -> tuple[Plan, Pair]:
     )
     method = METHODS[recipe.method]
     if reasons := method.obstacles(pair, recipe):
-        others = fitting_methods(pair)
-        todo = f"use --method {' or '.join(others)}" if others else "no method can fuse these parents"
-        raise MergeError(f"{recipe.method} merge: {reasons[0]}; {todo}")
+        raise MergeError(f"{recipe.method} merge: {_refusal(reasons, pair, recipe)}")
     plan = method.plan(pair, recipe)
     return replace(plan, notes=(*plan.notes, *pair.image.notes)), pair
+
+
+def _refusal(reasons: list[str], pair: Pair, recipe: MergeRecipe) -> str:
+    """The reason that matters, and the other methods where they are the way out: not where the recipe's settings or the
+    parents' vocabularies are in the way, of which the reason says what to do."""
+    if reason := pair.obstacle():
+        return reason
+    others = fitting_methods(pair)
+    if recipe.method in others:
+        return reasons[0]
+    if others:
+        return f"{reasons[0]}; use --method {' or '.join(others)}"
+    return reasons[0] if ";" in reasons[0] else f"{reasons[0]}; no method can fuse these parents"
 
 
 def fitting_methods(pair: Pair) -> list[str]:
@@ -222,7 +253,9 @@ def _side_files(pair: Pair) -> dict[Path, Path]:
     return files
 
 
-def _write_side_files(plan: Plan, pair: Pair, recipe: MergeRecipe, files: dict[Path, Path], folder: Path) -> None:
+def _write_side_files(
+    plan: Plan, pair: Pair, recipe: MergeRecipe, doubtful: list[str], files: dict[Path, Path], folder: Path
+) -> None:
     for target, source in files.items():
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, folder / target)
@@ -233,7 +266,7 @@ def _write_side_files(plan: Plan, pair: Pair, recipe: MergeRecipe, files: dict[P
     write_json(folder / "generation_config.json", ids)
     plan.jam.write(folder)
     (folder / "merge.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    (folder / "README.md").write_text(model_card(plan, pair), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(plan, pair, doubtful), encoding="utf-8")
 
 
 def _write_report(record: dict, writer: ShardWriter, recipe: MergeRecipe) -> None:

@@ -86,15 +86,19 @@ def block_size(job: Job, spec: TensorSpec) -> int:
 
 def stored_block(job: Job, spec: TensorSpec, block: slice) -> np.ndarray:
     """A block of a job's rows as it is stored; a tensor that is copied in its own type is not converted."""
-    rule = job.rule
     if _copied_as_it_is(job, spec):
-        return rule.parent.checkpoint.finite(rule.tensor, block)
-    stored = from_float32(rule.rows(block), spec.dtype)
+        return job.rule.parent.checkpoint.finite(job.rule.tensor, block)
+    stored = _computed(job, spec, block)
     if not all_finite(stored, spec.dtype):
         blocks = row_blocks(job.shape, BLOCK)
-        count = sum(not_finite(from_float32(rule.rows(rows), spec.dtype), spec.dtype) for rows in blocks)
+        count = sum(not_finite(_computed(job, spec, rows), spec.dtype) for rows in blocks)
         raise CheckpointError(
             f"tensor {spec.name}: {count} of {prod(job.shape)} values overflow {spec.dtype}; choose dtype=bfloat16 or "
             "float32"
         )
     return stored
+
+
+def _computed(job: Job, spec: TensorSpec, block: slice) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):  # values that overflow are counted and refused by name
+        return from_float32(job.rule.rows(block), spec.dtype)

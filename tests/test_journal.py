@@ -1,5 +1,6 @@
 """Locks and journals: one living writer a folder, nothing left by a dead one, and only whole shards are trusted."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from jam.digest import StreamHash, sha256_of
-from jam.errors import JamError
+from jam.errors import CheckpointError, JamError
 from jam.journal import Journal, Lock, Shard, partial_folder
 from jam.shards import ShardWriter, TensorSpec
 
@@ -101,6 +102,54 @@ def test_a_hash_finds_a_shard_that_changed_behind_its_time(tmp_path: Path):
     overwrite(file)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert write(tmp_path / "out", hashed=True) == {"a"}
+
+
+def test_an_interrupt_while_kept_shards_are_looked_over_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stopped(tmp_path / "out", 3, hashed=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("jam.shards.sha256_of", lambda file: signal.raise_signal(signal.SIGINT))
+        write(tmp_path / "out", hashed=True)
+    assert write(tmp_path / "out", hashed=True) == {"a", "b"}
+
+
+@pytest.mark.parametrize("key", ["k", None])
+def test_a_place_filled_meanwhile_is_one_line_and_the_work_is_kept(tmp_path: Path, key: str | None):
+    write(tmp_path / "whole")
+    out = tmp_path / "out"
+    with ShardWriter(out, SPECS, shard_bytes=1, key=key) as writer:
+        for spec in SPECS:
+            writer.write(spec.name, VALUES[spec.name])
+        out.mkdir()
+        (out / "mine.txt").write_text("x")
+        state = "nothing is left" if key is None else "all 4 whole shards are kept"
+        with pytest.raises(CheckpointError, match=f"was filled during the work.*{state}, empty it"):
+            writer.finish()
+    assert [file.name for file in out.iterdir()] == ["mine.txt"]
+    (out / "mine.txt").unlink()
+    assert write(out) == (set() if key is None else set("abcd"))
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("entry", ["[" * 100_000, *(Shard(name, 1, 1) for name in ("x" * 5000, "journal.jsonl/x"))])
+def test_a_strange_line_costs_no_whole_shard(tmp_path: Path, entry: str | Shard):
+    stopped(tmp_path / "out", 3)
+    journal = partial_folder(tmp_path / "out") / "journal.jsonl"
+    strange = entry if isinstance(entry, str) else json.dumps(vars(entry))
+    journal.write_text(f"{journal.read_text()}{strange}\n")
+    assert write(tmp_path / "out") == {"a", "b"}
+
+
+def test_links_in_the_place_of_work_are_removed_and_not_followed(tmp_path: Path):
+    elsewhere, out = tmp_path / "elsewhere", tmp_path / "out"
+    elsewhere.mkdir()
+    (elsewhere / "mine.txt").write_text("x")
+    partial_folder(out).symlink_to(elsewhere)
+    write(out)
+    stopped(tmp_path / "next", 3)
+    (partial_folder(tmp_path / "next") / "link").symlink_to(elsewhere)
+    assert write(tmp_path / "next") == {"a", "b"}
+    assert contents(out) == contents(tmp_path / "next")
+    assert contents(elsewhere) == {"mine.txt": b"x"}
 
 
 @pytest.mark.parametrize("keep", [0, 1, 20, -1, -20])

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -100,8 +101,20 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(ShardWriter, "write", full)
     with pytest.raises(JamError, match="disk full"), ShardWriter(tmp_path / "out", SPECS) as writer:
+        monkeypatch.setattr("jam.shards.shutil.disk_usage", lambda path: SimpleNamespace(free=1))
         write_all(writer)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.EFBIG, errno.ENOSPC])
+def test_a_disk_with_room_is_not_called_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int):
+    def refused(self: ShardWriter, name: str, rows: np.ndarray) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(ShardWriter, "write", refused)
+    with pytest.raises(OSError) as caught, ShardWriter(tmp_path / "out", SPECS) as writer:
+        write_all(writer)
+    assert caught.value.errno == number and not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_writer_left_is_removed_and_a_living_ones_kept(tmp_path: Path):

@@ -1,6 +1,8 @@
 """The shipped default: built from its parts once, found again, never half there."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,18 @@ def test_first_use_gives_the_tuned_model(shipped, tmp_path):
         assert torch.equal(tensor, wanted[name]), name
     assert (found.path / "README.md").read_text() == "the card of the chat model\n"
     assert cached(tmp_path) == [found.path.name]
+
+
+def test_what_a_killed_builder_left_is_removed_and_no_step_is_told(shipped, tmp_path, capsys):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    final = shipped_model()
+    shutil.rmtree(final)
+    (tmp_path / "cache" / f".{final.name}.tmp-{dead.pid}" / "merged").mkdir(parents=True)
+    capsys.readouterr()
+    shipped_model()
+    assert cached(tmp_path) == [final.name]
+    assert capsys.readouterr().err == "jam: making the shipped model mini from its parts, once (seconds)\n"
 
 
 def test_the_second_use_builds_nothing(shipped, monkeypatch):
