@@ -267,7 +267,7 @@ class Chameleon:
         stored = max({output.spec.dtype for output in self.outputs}, key=lambda name: (name == "F32", name))
         return {
             "model_type": "chameleon",
-            "architectures": ["ChameleonForConditionalGeneration"],
+            "architectures": ["ChameleonForCausalLM"],
             "vocab_size": shapes["model.embed_tokens.weight"][0],
             "hidden_size": self.width,
             "intermediate_size": shapes["model.layers.0.mlp.gate_proj.weight"][0],
