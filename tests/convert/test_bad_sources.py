@@ -163,7 +163,7 @@ def test_settings_and_weights_must_be_of_one_tokenizer(tmp_path: Path):
         ):
             write_yaml(tmp_path / "other.yaml", params)
             assert message in said(lambda: read_vqgan(pickles, 0, tmp_path / "other.yaml"))
-        for text, message in (("a: [", "cannot be read as YAML"), ("- 1", "holds a list")):
+        for text, message in (("a: [", "cannot be read as YAML"), ("- 1", "a list; required: a mapping")):
             (tmp_path / "other.yaml").write_text(text)
             assert message in said(lambda: read_vqgan(pickles, 0, tmp_path / "other.yaml"))
 
