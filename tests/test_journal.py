@@ -106,8 +106,12 @@ def test_a_hash_finds_a_shard_that_changed_behind_its_time(tmp_path: Path):
 
 def test_an_interrupt_while_kept_shards_are_looked_over_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     stopped(tmp_path / "out", 3, hashed=True)
+
+    def interrupted(file: Path) -> str:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("jam.shards.sha256_of", lambda file: signal.raise_signal(signal.SIGINT))
+        patch.setattr("jam.shards.sha256_of", interrupted)
         write(tmp_path / "out", hashed=True)
     assert write(tmp_path / "out", hashed=True) == {"a", "b"}
 
