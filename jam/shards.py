@@ -248,7 +248,7 @@ class ShardWriter:
         """Everything to disk, then the folder under its name. Raises CheckpointError when that name was taken since."""
         self.close()
         sync_tree(self.folder, self.shards)
-        shards = [Shard.of(self.folder / name, self.digests.get(name)) for name in self.shards]
+        shards = [Shard.of(self.folder / name, self.digests.get(name)) for name, specs in self.shards.items() if specs]
         self._journal.path.unlink(missing_ok=True)
         try:
             os.rename(self.folder, self.out)  # replaces an empty folder, fails on a filled one

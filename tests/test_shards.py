@@ -128,3 +128,10 @@ def test_what_a_killed_writer_left_is_removed_and_a_living_ones_kept(tmp_path: P
         write_all(writer)
         writer.finish()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["out", living.name, other.name])
+
+
+def test_a_folder_without_weights_is_whole_too(tmp_path: Path):
+    with ShardWriter(tmp_path / "out", []) as writer:
+        (writer.folder / "config.json").write_text("{}")
+        writer.finish()
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["config.json"]
