@@ -4,7 +4,6 @@ Both kinds are whole-number arithmetic on random words by place and a rounding o
 would depend on the machine.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
@@ -16,12 +15,8 @@ from merge.plan import Source
 
 
 @dataclass(frozen=True)
-class Quantiles:
-    """A new matrix [rows, columns] of normal numbers, each one of 65,536 quantiles, picked by 16 bits of a Philox word.
-
-    A quantile is the middle of its share; the tails end at 4.3 standard deviations, and 0.002 % of the variance is lost
-    with what lies beyond. Four numbers to a word: a copy's pace, which a cross merge of large parents needs.
-    """
+class Noise:
+    """A new matrix [rows, columns] of normal numbers, keyed by seed and the tensor's name."""
 
     shape: tuple[int, int]
     std: float
@@ -35,6 +30,14 @@ class Quantiles:
     @property
     def sources(self) -> tuple[Source, ...]:
         return ()
+
+
+class Quantiles(Noise):
+    """Each number is one of 65,536 quantiles, picked by 16 bits of a Philox word.
+
+    A quantile is the middle of its share; the tails end at 4.3 standard deviations, and 0.002 % of the variance is lost
+    with what lies beyond. Four numbers to a word: a copy's pace, which a cross merge of large parents needs.
+    """
 
     def rows(self, block: slice) -> np.ndarray:
         first, count = (rows * self.shape[1] for rows in (block.start, block.stop - block.start))
@@ -62,23 +65,11 @@ def scaled_quantiles(std: float) -> np.ndarray:
     return (quantiles() * std).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class Sums:
-    """A new matrix [rows, columns] of normal numbers, each the sum of twelve 16-bit pieces of Philox words, centred and
-    scaled (Irwin-Hall). Its tails end at 6 standard deviations. The models that ship were merged with these."""
+class Sums(Noise):
+    """Each number is the sum of twelve 16-bit pieces of Philox words, centred and scaled (Irwin-Hall).
 
-    shape: tuple[int, int]
-    std: float
-    seed: int
-    name: str
-
-    @property
-    def fate(self) -> str:
-        return f"new: normal, std {self.std:g}"
-
-    @property
-    def sources(self) -> tuple[Source, ...]:
-        return ()
+    Its tails end at 6 standard deviations. The models that ship were merged with these.
+    """
 
     def rows(self, block: slice) -> np.ndarray:
         first, count = (rows * self.shape[1] for rows in (block.start, block.stop - block.start))
@@ -116,5 +107,4 @@ def _sums_of_twelve(drawn: np.ndarray) -> np.ndarray:
     return total.view(np.int64)
 
 
-Noise = Callable[[tuple[int, int], float, int, str], Quantiles | Sums]  # of shape, std, seed and the tensor's name
-NOISE: dict[str, Noise] = {"quantiles": Quantiles, "sums": Sums}
+NOISE: dict[str, type[Quantiles] | type[Sums]] = {"quantiles": Quantiles, "sums": Sums}

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
 from jam.checkpoint import open_checkpoint
 from jam.errors import CheckpointError
+from jam.tokens.vq import load_network
 
 RESOLUTION = 512
 
@@ -75,25 +75,10 @@ class Emu3Network:
         """
         config = dict(config)
         resolution = config.pop("resolution", RESOLUTION)
-        try:
-            network = Emu3VQVAE(Emu3VQVAEConfig(**config))
-            floats = {name: tensor.float() for name, tensor in tensors.items()}
-            missing, unexpected = network.load_state_dict(floats, strict=False)
-        except (StrictDataclassError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(
-                f"{where}: config and weights are not one image tokenizer ({reason}); restore the folder"
-            ) from None
-        if missing or unexpected:
-            raise CheckpointError(
-                f"{where}: {len(missing)} tensors missing, {len(unexpected)} unexpected "
-                f"(first: {(missing + unexpected)[0]}); config and weights must come from one tokenizer"
-            )
-        if bad := next((name for name, tensor in floats.items() if not torch.isfinite(tensor).all()), None):
-            raise CheckpointError(f"{where}: tensor {bad} has NaN or infinite numbers; restore the image tokenizer")
+        network = load_network(lambda: Emu3VQVAE(Emu3VQVAEConfig(**config)), tensors, where)
         factor = network.spatial_scale_factor
         if type(resolution) is not int or resolution < factor or resolution % factor:
             raise CheckpointError(
                 f"{where}: resolution is {resolution!r}; a multiple of {factor} pixels is required, mend config.json"
             )
-        return cls(network.eval().requires_grad_(False), resolution)
+        return cls(network, resolution)

@@ -12,9 +12,11 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -326,21 +328,40 @@ class VQModel(nn.Module):
         Raises:
             CheckpointError: sizes of no network, tensors that do not fit them, NaN or infinity.
         """
-        try:
-            model = cls(config)
-            missing, unexpected = model.load_state_dict(
-                {name: tensor.float() for name, tensor in tensors.items()}, strict=False
-            )
-        except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # sizes of no network, or of another
-            reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(
-                f"{where}: config and weights are not one image tokenizer ({reason}); restore the folder"
-            ) from None
-        if missing or unexpected:
-            raise CheckpointError(
-                f"{where}: {len(missing)} tensors missing, {len(unexpected)} unexpected "
-                f"(first: {(missing + unexpected)[0]}); config and weights must come from one tokenizer"
-            )
-        if bad := next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None):
-            raise CheckpointError(f"{where}: tensor {bad} has NaN or infinite numbers; restore the image tokenizer")
-        return model.eval().requires_grad_(False)
+        return load_network(lambda: cls(config), tensors, where)
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def load_network(make: Callable[[], Network], tensors: dict[str, Tensor], where: str) -> Network:
+    """An image network with these tensors, all of them and no others, frozen, in float32.
+
+    Raises:
+        CheckpointError: ``make`` refuses its sizes, or tensors are missing, unexpected, of another shape or not finite.
+    """
+    try:
+        network = make()
+        floats = {name: tensor.float() for name, tensor in tensors.items()}
+        missing, unexpected = network.load_state_dict(floats, strict=False)
+    except (  # sizes of no network, or of another
+        StrictDataclassError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{where}: config and weights are not one image tokenizer ({reason}); restore the folder"
+        ) from None
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{where}: {len(missing)} tensors missing, {len(unexpected)} unexpected "
+            f"(first: {(missing + unexpected)[0]}); config and weights must come from one tokenizer"
+        )
+    if bad := next((name for name, tensor in floats.items() if not torch.isfinite(tensor).all()), None):
+        raise CheckpointError(f"{where}: tensor {bad} has NaN or infinite numbers; restore the image tokenizer")
+    return network.eval().requires_grad_(False)
