@@ -18,7 +18,7 @@ from jam.models.cross import JamCrossForCausalLM
 from jam.models.families import FAMILIES
 from jam.models.load import Bundle, Softmax
 from jam.models.masks import masks_for
-from jam.models.span_head import owned_slices
+from jam.models.span_head import owned_slices, span_scores
 from jam.models.tower import capped
 from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD
 
@@ -122,8 +122,7 @@ class TokenLoss(nn.Module):
         """Scores [N, K] of one head over its own ids."""
         if self.cross:
             return self.model.head(kind, *states)
-        weight = self.model.get_output_embeddings().weight
-        scores_NK = torch.cat([F.linear(states[0], weight[part]) for part in self.slices[kind]], -1)
+        scores_NK = span_scores(states[0], self.model.get_output_embeddings().weight, self.slices[kind])
         return capped(self.model.config, scores_NK)
 
 

@@ -39,7 +39,7 @@ from jam.models.cross_config import JamCrossConfig
 from jam.models.exchange import CrossBlock, Exchange
 from jam.models.heads import next_heads
 from jam.models.masks import default_positions, mask_for, windowed
-from jam.models.span_head import SpanHead, owned_slices, place
+from jam.models.span_head import SpanHead, owned_slices, place, span_scores
 from jam.models.tower import Tower, build_tower
 from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD
 from jam.tokens.vocabulary import Vocabulary
@@ -221,7 +221,7 @@ class JamCrossForCausalLM(PreTrainedModel, GenerationMixin):
         slices = owned_slices(self.vocabulary, kind)
         if self.config.tables == "shared":
             z_ND = self.shared.project(torch.cat([text_ND, image_NE], -1))
-            return torch.cat([nn.functional.linear(z_ND, self.shared.embed.weight[part]) for part in slices], -1)
+            return span_scores(z_ND, self.shared.embed.weight, slices)
         tower, states = (self.text, text_ND) if kind == TEXT_HEAD else (self.image, image_NE)
         head = tower.lm_head
         if isinstance(head, SpanHead) and not isinstance(head.weight, DTensor):

@@ -4,8 +4,11 @@ What a head owns are slices of the id space (control + text, or control + image)
 weight and nothing is gathered. Shapes: B batch, T tokens, D model width, K a head's own ids, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from jam.tokens.render import TEXT_HEAD
 from jam.tokens.vocabulary import Vocabulary
@@ -29,6 +32,46 @@ def owned_slices(vocabulary: Vocabulary, head: int) -> list[slice]:
     return slices
 
 
+def span_scores(x_BTD: Tensor, weight_VD: Tensor, slices: list[slice]) -> Tensor:
+    """``x @ weight[part].T`` of every slice, side by side: [..., K], differentiable once."""
+    if torch.is_grad_enabled() and weight_VD.requires_grad and not torch.compiler.is_compiling():
+        return _SpanScores.apply(x_BTD, weight_VD, slices)
+    return torch.cat([nn.functional.linear(x_BTD, weight_VD[part]) for part in slices], -1)
+
+
+class _SpanScores(torch.autograd.Function):
+    """The same with one gradient table for all slices.
+
+    A slice's own gradient is as large as the whole table, mostly zeros, and autograd would add those of all slices up.
+    Without rows nothing is cast and the gradient is zeros. Under autocast the products are of its dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BTD: Tensor, weight_VD: Tensor, slices: list[slice]) -> Tensor:
+        kind = x_BTD.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTD.dtype
+        ctx.slices, ctx.dtype, ctx.table = slices, x_BTD.dtype, (weight_VD.shape, weight_VD.dtype)
+        x_BTD = x_BTD.to(dtype)
+        parts = [weight_VD[part].to(dtype) for part in slices] if x_BTD.numel() else []
+        ctx.save_for_backward(x_BTD, *parts)
+        if not parts:
+            return x_BTD.new_empty((*x_BTD.shape[:-1], sum(part.stop - part.start for part in slices)))
+        return torch.cat([nn.functional.linear(x_BTD, part) for part in parts], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTK: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_BTD, *parts = ctx.saved_tensors
+        shape, dtype = ctx.table
+        grad_x, grad_VD = torch.zeros_like(x_BTD, dtype=ctx.dtype), x_BTD.new_zeros(shape, dtype=dtype)
+        at = 0
+        for part, rows_KD in zip(ctx.slices, parts, strict=False):  # no parts without rows
+            own = grad_BTK[..., at : (at := at + part.stop - part.start)]
+            grad_x += own @ rows_KD
+            grad_VD[part] = own.flatten(0, -2).T @ x_BTD.flatten(0, -2)
+        return grad_x, grad_VD, None
+
+
 class SpanHead(nn.Linear):
     """A head without bias that can score some slices of its rows only.
 
@@ -39,7 +82,7 @@ class SpanHead(nn.Linear):
         """[..., V], or with ``slices`` [..., K] in their order."""
         if slices is None:
             return super().forward(x_BTD)
-        return torch.cat([nn.functional.linear(x_BTD, self.weight[part]) for part in slices], -1)
+        return span_scores(x_BTD, self.weight, slices)
 
 
 def place(own_K: Tensor, slices: list[slice], size: int) -> Tensor:

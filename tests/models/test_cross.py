@@ -13,10 +13,8 @@ from jam.models.cross import LORA_TARGETS, JamCrossForCausalLM
 from jam.models.cross_config import JamCrossConfig
 from jam.models.heads import allowed_ids, next_heads, restrict
 from jam.models.load import Bundle, load_bundle
-from jam.models.span_head import owned_slices
 from jam.models.tower import build_tower
 from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD, render
-from jam.tokens.vocabulary import Span, Vocabulary
 from tests.tiny import tiny_document, tiny_pair
 from tests.tiny_cross import tiny_cross
 
@@ -91,13 +89,6 @@ def test_a_wrapped_head_is_called_whole(bundle: Bundle) -> None:
     model = deepcopy(bundle.model)
     model.text.lm_head = torch.nn.Sequential(model.text.lm_head)
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_owned_slices_join_neighbours() -> None:
-    spans = (Span("text", 0, 3), Span("control", 3, 5), Span("image", 5, 9), Span("control", 9, 10))
-    vocabulary = Vocabulary(spans, {"bos": 3})
-    assert owned_slices(vocabulary, TEXT_HEAD) == [slice(0, 5), slice(9, 10)]
-    assert owned_slices(vocabulary, IMAGE_HEAD) == [slice(3, 10)]
 
 
 def test_loss_is_each_positions_own_softmax(bundle: Bundle) -> None:
