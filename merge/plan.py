@@ -5,6 +5,7 @@ the recipe into a ``Plan``: for every output tensor its name, its shape and a ru
 streams the plan to disk. A rule reads its sources when asked for rows and never before, so a plan costs headers only.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -119,8 +120,41 @@ class Rule(Protocol):
         """float32 rows ``block`` of the output tensor."""
 
 
+Read = Callable[[Checkpoint, str, slice], np.ndarray]  # rows of a tensor: Checkpoint.read, or its stored values
+
+
+class Placing(ABC):
+    """A rule that puts its parents' values where they belong and may compute nothing.
+
+    What is only placed is the same work on float32 and on stored values; a merge that keeps the type need not convert.
+    """
+
+    only_places = True  # False where it does compute, and ``place`` needs float32
+
+    @property
+    @abstractmethod
+    def origins(self) -> tuple[tuple[Parent, str], ...]:
+        """The parents' tensors that it reads."""
+
+    @abstractmethod
+    def place(self, block: slice, read: Read) -> np.ndarray:
+        """Rows ``block`` of the output tensor, of what ``read`` gives."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return tuple((parent.side, tensor) for parent, tensor in self.origins)
+
+    def rows(self, block: slice) -> np.ndarray:
+        return self.place(block, Checkpoint.read)
+
+    def keeps(self, dtype: str) -> bool:
+        """Whether stored values of this type can be placed as they are."""
+        types = {parent.checkpoint.tensors[tensor].dtype for parent, tensor in self.origins}
+        return self.only_places and types == {dtype}
+
+
 @dataclass(frozen=True)
-class Copy:
+class Copy(Placing):
     """A parent's tensor as it is."""
 
     parent: Parent
@@ -131,11 +165,11 @@ class Copy:
         return f"copied from {self.parent.side} {self.tensor}"
 
     @property
-    def sources(self) -> tuple[Source, ...]:
-        return ((self.parent.side, self.tensor),)
+    def origins(self) -> tuple[tuple[Parent, str], ...]:
+        return ((self.parent, self.tensor),)
 
-    def rows(self, block: slice) -> np.ndarray:
-        return self.parent.checkpoint.read(self.tensor, block)
+    def place(self, block: slice, read: Read) -> np.ndarray:
+        return read(self.parent.checkpoint, self.tensor, block)
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from jam.checkpoint import BLOCK, row_blocks
+from jam.checkpoint import BLOCK, Checkpoint, row_blocks
 from jam.errors import CheckpointError
 from jam.floats import all_finite, from_float32, not_finite
 from jam.shards import ShardWriter, TensorSpec
-from merge.plan import Copy, Job, Plan
+from merge.plan import Job, Placing, Plan
 
-COPIED = 4  # times a computed block's elements
+PLACED = 4  # times a computed block's elements
 AHEAD = 4  # blocks computed before the first of them is written: bounds the memory, keeps both threads busy
 
 
@@ -74,20 +74,19 @@ def streamed(work: Iterable[Iterable[Piece]]) -> Iterator[tuple[TensorSpec, np.n
             pool.shutdown(cancel_futures=True)
 
 
-def _copied_as_it_is(job: Job, spec: TensorSpec) -> bool:
-    rule = job.rule
-    return isinstance(rule, Copy) and rule.parent.checkpoint.tensors[rule.tensor].dtype == spec.dtype
+def _placed(job: Job, spec: TensorSpec) -> bool:
+    return isinstance(job.rule, Placing) and job.rule.keeps(spec.dtype)
 
 
 def block_size(job: Job, spec: TensorSpec) -> int:
-    """Elements of a block. A copy is looked over once and never becomes float32: fewer, larger blocks."""
-    return COPIED * BLOCK if _copied_as_it_is(job, spec) else BLOCK
+    """Elements of a block. What is placed is looked over once and never becomes float32: fewer, larger blocks."""
+    return PLACED * BLOCK if _placed(job, spec) else BLOCK
 
 
 def stored_block(job: Job, spec: TensorSpec, block: slice) -> np.ndarray:
-    """A block of a job's rows as it is stored; a tensor that is copied in its own type is not converted."""
-    if _copied_as_it_is(job, spec):
-        return job.rule.parent.checkpoint.finite(job.rule.tensor, block)
+    """A block of a job's rows as it is stored; values that are only placed, in their own type, are not converted."""
+    if _placed(job, spec):
+        return job.rule.place(block, Checkpoint.finite)
     stored = _computed(job, spec, block)
     if not all_finite(stored, spec.dtype):
         blocks = row_blocks(job.shape, BLOCK)

@@ -21,7 +21,7 @@ import numpy as np
 from jam.errors import MergeError
 from jam.models.family import HEAD, Axes
 from merge.calibration import Calibration, Half, norm_names, read_calibration
-from merge.plan import Job, Parent, Plan, Rule, Source, single_table_config
+from merge.plan import Job, Parent, Placing, Plan, Read, Rule, Source, single_table_config
 from merge.recipe import MergeRecipe
 from merge.rows import ZERO, Table, describe, half_map
 from merge.rules import mean
@@ -54,7 +54,7 @@ def cut(pieces: tuple[Segment, ...], block: slice) -> Iterator[tuple[Parent, sli
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(Placing):
     """A matrix of four blocks: the parents on the diagonal, ``off_diagonal`` beside them; columns that read the text
     half and the image half times ``columns``."""
 
@@ -71,21 +71,25 @@ class Blocks:
         return blocks + _times(self.columns, "columns ")
 
     @property
-    def sources(self) -> tuple[Source, ...]:
-        return tuple((side.side, self.tensor) for side in (self.text, self.image))
+    def origins(self) -> tuple[tuple[Parent, str], ...]:
+        return (self.text, self.tensor), (self.image, self.tensor)
 
-    def rows(self, block: slice) -> np.ndarray:
-        return np.concatenate([self._half(own, rows) for own, rows in cut(self.pieces, block)])
+    @property
+    def only_places(self) -> bool:
+        return self.off_diagonal != "average" and self.columns == (1.0, 1.0)
 
-    def _half(self, own: Parent, rows: slice) -> np.ndarray:
+    def place(self, block: slice, read: Read) -> np.ndarray:
+        return np.concatenate([self._half(own, rows, read) for own, rows in cut(self.pieces, block)])
+
+    def _half(self, own: Parent, rows: slice, read: Read) -> np.ndarray:
         other = self.image if own is self.text else self.text
-        diagonal = own.checkpoint.read(self.tensor, rows)
+        diagonal = read(own.checkpoint, self.tensor, rows)
         if self.off_diagonal == "zero":
-            beside = np.zeros((len(diagonal), other.shape(self.tensor)[1]), np.float32)
+            beside = np.zeros((len(diagonal), other.shape(self.tensor)[1]), diagonal.dtype)
         elif self.off_diagonal == "copy":
             beside = diagonal
         else:
-            beside = mean(diagonal, other.checkpoint.read(self.tensor, rows), 0.5)
+            beside = mean(diagonal, read(other.checkpoint, self.tensor, rows), 0.5)
         pair = (diagonal, beside) if own is self.text else (beside, diagonal)
         if self.columns != (1.0, 1.0):
             pair = tuple(half * np.float32(factor) for half, factor in zip(pair, self.columns, strict=True))
@@ -97,7 +101,7 @@ def _times(factors: tuple[float, float], what: str = "") -> str:
 
 
 @dataclass(frozen=True)
-class Ends:
+class Ends(Placing):
     """A vector, or a matrix with a vector per head: the text parent's rows, then the image parent's."""
 
     tensor: str
@@ -108,11 +112,11 @@ class Ends:
         return f"text and image {self.tensor} end to end"
 
     @property
-    def sources(self) -> tuple[Source, ...]:
-        return tuple({side.side: (side.side, self.tensor) for side, *_ in self.pieces}.values())
+    def origins(self) -> tuple[tuple[Parent, str], ...]:
+        return tuple({side.side: (side, self.tensor) for side, *_ in self.pieces}.values())
 
-    def rows(self, block: slice) -> np.ndarray:
-        return np.concatenate([side.checkpoint.read(self.tensor, rows) for side, rows in cut(self.pieces, block)])
+    def place(self, block: slice, read: Read) -> np.ndarray:
+        return np.concatenate([read(side.checkpoint, self.tensor, rows) for side, rows in cut(self.pieces, block)])
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ class SideBySide:
 
 
 @dataclass(frozen=True)
-class Positions:
+class Positions(Placing):
     """Learned positions: rows of both parents side by side."""
 
     text: Parent
@@ -184,11 +188,11 @@ class Positions:
         return f"rows of text and image {self.tensor} side by side"
 
     @property
-    def sources(self) -> tuple[Source, ...]:
-        return tuple((side.side, self.tensor) for side in (self.text, self.image))
+    def origins(self) -> tuple[tuple[Parent, str], ...]:
+        return (self.text, self.tensor), (self.image, self.tensor)
 
-    def rows(self, block: slice) -> np.ndarray:
-        return np.concatenate([side.checkpoint.read(self.tensor, block) for side in (self.text, self.image)], axis=1)
+    def place(self, block: slice, read: Read) -> np.ndarray:
+        return np.concatenate([read(side.checkpoint, self.tensor, block) for side in (self.text, self.image)], axis=1)
 
 
 def obstacles(pair: Pair, recipe: MergeRecipe) -> list[str]:
