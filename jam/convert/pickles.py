@@ -5,10 +5,8 @@ them as numpy arrays. What the process refuses or cannot read comes back as one 
 """
 
 import json
-import os
 import re
 import subprocess
-import sys
 import textwrap
 import threading
 from collections.abc import Sequence
@@ -18,11 +16,11 @@ from types import TracebackType
 
 import numpy as np
 
+from jam.child import command, environment
 from jam.errors import CheckpointError
 from jam.floats import STORED, all_finite
 from jam.header import shown
 
-_INHERITED = ("HOME", "LD_LIBRARY_PATH", "PATH", "SYSTEMROOT", "TMPDIR")  # what an interpreter needs to start
 _FOREIGN = re.compile(r"(?:GLOBAL|call reduce for|instantiate|but got) (?:unrecognized \w+ )?(\S+)")  # torch's words
 
 
@@ -51,13 +49,12 @@ class Pickles:
     def __init__(self, paths: Sequence[Path]):
         self.paths = [Path(path) for path in paths]
         program = Path(__file__).with_name("unpickle.py")
-        environment = {name: os.environ[name] for name in _INHERITED if name in os.environ} | {"OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-EPB", "-Wignore", str(program), *(str(path.resolve()) for path in self.paths)],
+            command(program, *(str(path.resolve()) for path in self.paths)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=environment,
+            env=environment(),
         )
         self._said = b""
         self._listener = threading.Thread(target=self._listen, daemon=True)

@@ -3,7 +3,8 @@
 The LLM stays frozen, so it is best taught in its own words: what it would say by itself costs no loss, and what is left
 to learn is when to draw. Stages: ask the LLM about every subject that the mini conversations explain, and about titles
 without pictures (greedy, its own chat template) -> keep whole sentences, two at most -> write ``train.jsonl`` and
-``validation.jsonl`` with the images beside them, in the format of any user's data.
+``validation.jsonl`` with the images beside them, in the format of any user's data, and ``drawings.jsonl``, those of the
+former in which the assistant draws.
 
     jam fetch smollm2
     python recipes/smollm2/build_conversations.py --out runs/smollm2-data
@@ -126,6 +127,18 @@ def conversations(split: str, answers: dict[str, str], asked: list[str]) -> Iter
             yield {"id": f"plain-{title}", "messages": plain(f"What is {title}?", answer)}
 
 
+def images(row: dict, roles: tuple[str, ...]) -> list[str]:
+    """The image files that these roles show."""
+    contents = [message["content"] for message in row["messages"] if message["role"] in roles]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return [part["path"] for part in parts if part["type"] == "image"]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{path}: {len(rows)} conversations", file=sys.stderr)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -140,15 +153,10 @@ def main() -> None:
     used = set()
     for split in ("train", "validation"):
         rows = list(conversations(split, answers, asked if split == "train" else []))
-        used |= {
-            part["path"]
-            for row in rows
-            for message in row["messages"]
-            for part in (message["content"] if isinstance(message["content"], list) else [])
-            if part["type"] == "image"
-        }
-        (options.out / f"{split}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        print(f"{split}: {len(rows)} conversations", file=sys.stderr)
+        used |= {path for row in rows for path in images(row, ("user", "assistant"))}
+        write_jsonl(options.out / f"{split}.jsonl", rows)
+        if split == "train":
+            write_jsonl(options.out / "drawings.jsonl", [row for row in rows if images(row, ("assistant",))])
     with zipfile.ZipFile(DATA / "images.zip") as archive:
         for name in sorted(used):
             target = options.out / name

@@ -8,6 +8,7 @@ LAYERS: dict[str, int] = {
     "jam/__init__": 0,
     "jam/errors": 0,
     "jam/memory": 0,
+    "jam/child": 0,
     "jam/recipe": 0,
     "jam/recipe_tree": 0,
     "jam/assets": 0,
@@ -34,6 +35,7 @@ DOORS = 5  # everything else under jam/
 TORCH_FREE = (
     *(
         "jam/errors",
+        "jam/child",
         "jam/recipe",
         "jam/recipe_tree",
         "jam/assets",
