@@ -12,9 +12,8 @@ from contextlib import closing
 from math import prod
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from jam.byte_bar import byte_bar
 from jam.checkpoint import BLOCK, Checkpoint, row_blocks
 from jam.errors import CheckpointError
 from jam.floats import all_finite, from_float32, not_finite
@@ -33,11 +32,8 @@ def stream(plan: Plan, writer: ShardWriter) -> None:
 
     Raises CheckpointError for values of a parent that are NaN or infinite, and for values that overflow their type.
     """
-    console = Console(stderr=True)
-    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    total = sum(spec.bytes for spec in writer.specs)
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("merging", total=total)
+    with byte_bar("merging") as progress:
+        task = progress.add_task("merging", total=sum(spec.bytes for spec in writer.specs))
         progress.advance(task, sum(spec.bytes for spec in writer.specs if spec.name in writer.written))
         jobs = zip(plan.jobs, writer.specs, strict=True)
         with closing(streamed(pieces(job, spec) for job, spec in jobs if spec.name not in writer.written)) as blocks:

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from jam.byte_bar import byte_bar
 from jam.checkpoint import row_blocks
 from jam.convert.pickles import PickledTensor, Pickles
 from jam.errors import CheckpointError
@@ -101,11 +100,7 @@ class Bar:
     """Bytes written, on a terminal only; use as a context manager."""
 
     def __init__(self, total: int):
-        console = Console(stderr=True)
-        columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        self.progress = Progress(
-            *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True
-        )
+        self.progress = byte_bar("converting")
         self.task = self.progress.add_task("converting", total=total)
 
     def write(self, writer: ShardWriter, outputs: Sequence[Output]) -> None:

@@ -16,6 +16,7 @@ LAYERS: dict[str, int] = {
     "jam/checkpoint": 1,
     "jam/shards": 1,
     "jam/digest": 1,
+    "jam/byte_bar": 1,
     "jam/shard_file": 1,
     "jam/header": 1,
     "jam/journal": 1,
