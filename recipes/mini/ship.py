@@ -1,12 +1,13 @@
-"""Put trained mini weights where the package ships them, with the log of their training beside them.
+r"""Put trained mini weights where the package ships them, with the log of their training beside them.
 
     python recipes/mini/ship.py parent --run runs/mini-text --name text
     python recipes/mini/ship.py parent --run runs/mini-image runs/mini-image-2 --name image --vq runs/vq runs/vq-sharp
     python recipes/mini/ship.py chat --merged runs/mini-cross --run runs/mini-chat runs/mini-chat-2
-    python recipes/mini/ship.py chat --name smollm2 --merged runs/smollm2-cross --run runs/smollm2-tuned
+    python recipes/mini/ship.py chat --name smollm2 --merged runs/smollm2-cross \
+        --run runs/smollm2-tower-tuned runs/smollm2-tuned --sampling text_temperature=0.0
 
-Of several runs, one after another, the last has the weights. A parent is a whole folder. The chat model is the merge's
-recipe and the trained difference to it: the parents that it repeats are shipped already.
+Of several runs, one after another, the last has the weights. A parent is a whole folder. A chat model is the merge's
+recipe and the trained difference to it: the parents that it repeats are shipped already, or fetched.
 """
 
 import argparse
@@ -59,7 +60,7 @@ def join_logs(runs: list[Path], out: Path) -> None:
         out.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def ship_chat(name: str, merged: Path, runs: list[Path]) -> None:
+def ship_chat(name: str, merged: Path, runs: list[Path], sampling: dict[str, float]) -> None:
     out = CHAT if name == "mini" else SHIPPED / name
     out.mkdir(parents=True, exist_ok=True)
     record = write_difference(merged, runs[-1] / "final", out / "difference.safetensors", precision="int8")
@@ -67,7 +68,16 @@ def ship_chat(name: str, merged: Path, runs: list[Path]) -> None:
     plain = recipe.model_copy(update={"text": None, "image": None, "out": Path("chat")})
     (out / "merge.yaml").write_text(dump_recipe(plain))
     join_logs(runs, out / "log.jsonl")
+    if sampling:  # else the merge's jam.json serves
+        settings = json.loads((merged / "jam.json").read_text())
+        settings["sampling"] |= sampling
+        (out / "jam.json").write_text(json.dumps(settings, indent=2) + "\n")
     print(record)
+
+
+def setting(argument: str) -> tuple[str, float]:
+    key, _, value = argument.partition("=")
+    return key, float(value)
 
 
 def main() -> None:
@@ -81,11 +91,12 @@ def main() -> None:
     chat.add_argument("--merged", type=Path, required=True)
     chat.add_argument("--run", type=Path, required=True, nargs="+", help="its runs, in order")
     chat.add_argument("--name", default="mini", help="under which `jam chat NAME` finds it")
+    chat.add_argument("--sampling", type=setting, nargs="+", default=[], help="KEY=NUMBER, defaults that it gets")
     args = parser.parse_args()
     if args.verb == "parent":
         ship_parent(args.run, MINI / args.name, args.vq)
     else:
-        ship_chat(args.name, args.merged, args.run)
+        ship_chat(args.name, args.merged, args.run, dict(args.sampling))
 
 
 if __name__ == "__main__":
