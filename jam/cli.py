@@ -118,7 +118,11 @@ def merge(
         Path | None, typer.Option(help="Folder to write; must not exist or be empty. Default: runs/merged-METHOD.")
     ] = None,
     hash_files: Annotated[
-        bool, typer.Option("--hash", help="Record the SHA-256 of every input and output file in report.json.")
+        bool,
+        typer.Option(
+            "--hash",
+            help="Record the SHA-256 of every file read or written, but report.json and merge.yaml.",
+        ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
 ) -> None:
