@@ -1,7 +1,7 @@
-"""Step-0 losses of a width merge by what stands beside its diagonal blocks, as it is and with calibrated norms.
+"""Step-0 losses of a width merge by what stands beside its diagonal blocks, by norms (as they are, calibrated) and head.
 
 The shipped parents, or two others, are measured (``jam calibrate``, shipped validation data), merged in each mode with
-and without the calibration, and evaluated on held-out data: nats per text token and nats per image code, each under the
+and without the calibration, under the summed and the halves' own head, and evaluated on held-out data: nats per text token and nats per image code, each under the
 restricted softmax. The calibration has read other documents of the validation split, or the same; those of the test
 split neither it nor training has seen.
 
@@ -12,6 +12,7 @@ split neither it nor training has seen.
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import tempfile
 from pathlib import Path
@@ -63,14 +64,12 @@ def main() -> None:
             run_calibrate(
                 *parents.values(), out=file, texts=None, captions=None, tokens=2_000 if options.quick else 20_000
             )
-        for mode in MODES:
-            for calibration in (None, file):
-                out = Path(tmp) / f"{mode}-{calibration is not None}"
-                width = {"off_diagonal": mode, "calibration": calibration}
-                with contextlib.redirect_stderr(io.StringIO()):
-                    run_merge(MergeRecipe(method="width", out=out, width=width, **parents))
-                name = f"`{mode}`{', calibrated' if calibration else ''}"
-                print(f"| {name} | {' | '.join(losses(out, options.image, *sizes))} |", flush=True)
+        for mode, calibration, head in itertools.product(MODES, (None, file), ("sum", "own")):
+            name = f"`{mode}`{', calibrated' if calibration else ''}{', own head' if head == 'own' else ''}"
+            width, out = {"off_diagonal": mode, "calibration": calibration, "head": head}, Path(tmp) / name.strip("`")
+            with contextlib.redirect_stderr(io.StringIO()):
+                run_merge(MergeRecipe(method="width", out=out, width=width, **parents))
+            print(f"| {name} | {' | '.join(losses(out, options.image, *sizes))} |", flush=True)
     print(f"\n{said.getvalue()}")
 
 

@@ -92,6 +92,11 @@ class WidthSection(Section):
         description="a file of jam calibrate for these parents: factors that undo on average what one norm over both "
         "halves does to each; null leaves the norms as they are",
     )
+    head: Literal["sum", "own"] = Field(
+        "sum",
+        description="sum: every id is scored by both halves, as far as both know it; own: text by the text half alone, "
+        "image codes by the image half alone, control ids by both (the head is a matrix of its own then)",
+    )
     qk_norm: Literal["equal", "average"] = Field(
         "equal",
         description="norms of queries and keys that all heads share: equal refuses parents whose norms differ; average "

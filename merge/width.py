@@ -20,6 +20,7 @@ import numpy as np
 
 from jam.errors import MergeError
 from jam.models.family import HEAD, Axes
+from jam.tokens.vocabulary import IMAGE, TEXT
 from merge.calibration import Calibration, Half, norm_names, read_calibration
 from merge.plan import Job, Parent, Placing, Plan, Read, Rule, Source, single_table_config
 from merge.recipe import MergeRecipe
@@ -293,9 +294,13 @@ def plan(pair: Pair, recipe: MergeRecipe) -> Plan:
     text, image, union, mode = pair.text, pair.image, pair.union, recipe.width.off_diagonal
     calibration = None if recipe.width.calibration is None else read_calibration(recipe.width.calibration, pair)
     folded = _folded(pair, calibration)
-    config = _config(pair, recipe, own_head=HEAD in folded)
+    apart = recipe.width.head == "own"
+    config = _config(pair, recipe, own_head=apart or HEAD in folded)
     sizes = image.family.sizes(config)
     maps = [half_map(union, side) for side in pair.sides]
+    kinds = union.vocabulary.kinds()
+    foreign = (IMAGE, TEXT)  # what the text half and the image half do not score alone
+    heads = [np.where(apart & (kinds == kind), ZERO, rows) for kind, rows in zip(foreign, maps, strict=True)]
     jobs = []
     for name, axes in image.family.tensors(config).items():
         rule: Rule
@@ -304,7 +309,7 @@ def plan(pair: Pair, recipe: MergeRecipe) -> Plan:
             scales = folded.get(name, (1.0, 1.0)) if name == HEAD else _embedding_scales(text, image)
             tables = [
                 Table(side, tensor, rows, union.rows(side.side))
-                for side, tensor, rows in zip(pair.sides, tensors, maps, strict=True)
+                for side, tensor, rows in zip(pair.sides, tensors, heads if name == HEAD else maps, strict=True)
             ]
             rule = SideBySide(*tables, scales)
         elif axes[0] == "positions":
@@ -324,13 +329,15 @@ def plan(pair: Pair, recipe: MergeRecipe) -> Plan:
     mixed += "off-diagonal blocks keep a parent's function exactly"
     if calibration is not None:
         mixed += f"; corrected on average by {calibration.path.name}, measured on {calibration.data}"
-    notes = [
-        mixed,
-        "head_scale 1: logits are the sum of both parents' logits (scaled by the mixed norm), hence sharper than "
-        "either's where they agree; training settles it",
-    ]
+    scores = "head_scale 1: logits are the sum of both parents' logits (scaled by the mixed norm), hence sharper than "
+    scores += "either's where they agree; training settles it"
+    if apart:
+        scores = "each half alone scores text and image codes, its own; the mixed norm scales both"
+    notes = [mixed, scores]
     if text.sizes.tied != image.sizes.tied:
         notes.append("one parent ties its head to its table and the other does not: the result is untied")
+    elif apart and text.sizes.tied:
+        notes.append("the head's rows differ from the table's: it is no longer tied to it")
     elif HEAD in folded and text.sizes.tied:
         notes.append(
             "the head takes the factors of the last norm, which has no weights: it is no longer tied to the table"
@@ -360,5 +367,5 @@ def plan(pair: Pair, recipe: MergeRecipe) -> Plan:
         f"the diagonal blocks are the parents, {kept}; off-diagonal blocks: {mode}",
         {"input and head": describe(labels)},
         tuple(notes),
-        {"off_diagonal": mode, "head_scale": 1.0, "head_dim": sizes.head_dim} | measured,
+        {"off_diagonal": mode, "head": recipe.width.head, "head_scale": 1.0, "head_dim": sizes.head_dim} | measured,
     )

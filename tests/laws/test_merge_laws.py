@@ -20,7 +20,7 @@ from jam.models.heads import next_heads
 from jam.models.load import load_bundle
 from jam.models.tower import network_class
 from jam.tokens.render import IMAGE_HEAD
-from jam.tokens.vocabulary import JamFile
+from jam.tokens.vocabulary import CONTROL, JamFile
 from merge.recipe import MergeRecipe
 from merge.run import METHODS, run_merge
 from tests import step_zero
@@ -162,6 +162,12 @@ def test_width_with_zero_blocks_of_a_model_with_itself_doubles_its_logits(tmp_pa
     # Olmo's norms work in float32, and Gemma's new scale is rounded to it
     bound = 1e-4 if family in ("gemma", "gemma3_text", "olmo2") else 1e-9
     torch.testing.assert_close(double, 2 * single, rtol=bound, atol=bound)
+    own = fuse(parent, parent, tmp_path / "own", "width", width={"off_diagonal": "zero", "head": "own"})
+    apart = loader.from_pretrained(own, dtype=torch.float64)(ids).logits
+    controls = JamFile.read(parent).vocabulary.kinds() == CONTROL
+    assert 0 < controls.sum() < len(controls)
+    times = torch.from_numpy(np.where(controls, 2.0, 1.0))  # both halves score a control
+    torch.testing.assert_close(apart, times * single, rtol=bound, atol=bound)
 
 
 def test_norms_that_all_heads_share_must_agree(tmp_path: Path):
