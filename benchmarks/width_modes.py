@@ -1,11 +1,11 @@
-"""Step-0 losses of a width merge by what stands beside its diagonal blocks, by norms (as they are, calibrated) and head.
+"""Step-0 losses of a width merge: what stands beside its diagonal blocks, norms as they are or calibrated, head.
 
 The shipped parents, or two others, are measured (``jam calibrate``, shipped validation data), merged in each mode with
-and without the calibration, under the summed and the halves' own head, and evaluated on held-out data: nats per text token and nats per image code, each under the
-restricted softmax. The calibration has read other documents of the validation split, or the same; those of the test
-split neither it nor training has seen.
+and without the calibration, with the head that sums both halves and with each half's own, and evaluated on held-out
+data: nats per text token and nats per image code, each under the restricted softmax. The calibration has read other
+documents of the validation split, or the same; those of the test split neither it nor training has seen.
 
-    python -m benchmarks.width_modes            # about five minutes of one core
+    python -m benchmarks.width_modes            # about ten minutes of one core
     python -m benchmarks.width_modes --quick    # few documents (a minute)
 """
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from jam.checkpoint import Checkpoint
 from jam.errors import CheckpointError
+from jam.header import shown
 from jam.layouts import vqgan
 from jam.layouts.view import ModelFolder, Owner, check_words, code_ids, split, unordered
 from jam.tokens.vocabulary import CONTROL, IMAGE, MAX_IDS, TEXT, JamFile, Vocabulary
@@ -67,14 +68,14 @@ def chameleon_vocabulary(
     for name, index in words.items():
         if not 0 <= index < size:
             raise CheckpointError(
-                f"{where}: token {name} has id {index}, the table {size} rows; a row for every token is required, use "
-                "the tokenizer of this model"
+                f"{where}: token {shown(name)} has id {index}, the table {size} rows; a row for each is required, "
+                "use the tokenizer of this model"
             )
         if name.startswith("IMGIMG"):
             spelled = _CODE.fullmatch(name)
             if spelled is None:
                 raise CheckpointError(
-                    f"{where}: image token {name}; IMGIMG, letters A to J and Z are required, restore the file"
+                    f"{where}: image token {shown(name)}; IMGIMG, letters A to J and Z are required, restore the file"
                 )
             numbered.setdefault(int(spelled[1].translate(_DIGITS)), []).append(index)
         elif not (len(name) > 2 and name.startswith("<") and name.endswith(">")):  # as Meta tells its specials
@@ -99,9 +100,9 @@ def view(owner: Owner) -> ModelFolder:
     """Raises CheckpointError for a vocabulary, configuration or image network that is not whole."""
     where, size = str(owner.path), owner.config.get("vocab_size")
     if type(size) is not int or not 1 <= size <= MAX_IDS:
-        shown = size if size is None else f"a {type(size).__name__} that is none or out of range"
+        found = size if size is None else f"a {type(size).__name__} that is none or out of range"
         raise CheckpointError(
-            f"{where}/config.json: vocab_size is {shown}; a whole number from 1 to {MAX_IDS} is required, restore it"
+            f"{where}/config.json: vocab_size is {found}; a whole number from 1 to {MAX_IDS} is required, restore it"
         )
     network = vqgan.tokenizer_config(owner.config.get("vq_config"), f"{where}/config.json")
     lumina = "mask_image_logits" in owner.config

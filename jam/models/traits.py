@@ -11,10 +11,10 @@ from jam.models.families import FAMILIES
 def trait(config: dict, key: str, where: str = "config.json") -> object:
     """One of a family's ``alike``: a configuration value, or what several keys say together in one spelling.
 
-    ``where`` names the file in errors. Raises CheckpointError for a rotary setting of another type.
+    ``where`` names the file in errors. Raises CheckpointError for a setting of another type.
     """
-    computed = {"rope": lambda config: rope(config, where), "windows": windows, "rotary_layers": rotary_layers}
-    return computed[key](config) if key in computed else FAMILIES[config["model_type"]].value(config, key)
+    computed = {"rope": rope, "windows": windows, "rotary_layers": rotary_layers}
+    return computed[key](config, where) if key in computed else FAMILIES[config["model_type"]].value(config, key)
 
 
 def rope(config: dict, where: str = "config.json") -> dict:
@@ -70,17 +70,20 @@ def _mapping(config: dict, key: str, where: str) -> dict:
     return value or {}
 
 
-def rotary_layers(config: dict) -> list[bool]:
-    """Whether each layer has rotary positions (SmolLM3 leaves every fourth without)."""
+def rotary_layers(config: dict, where: str = "config.json") -> list[bool]:
+    """Whether each layer has rotary positions (SmolLM3 leaves every fourth without). Raises CheckpointError."""
     layers = config[FAMILIES[config["model_type"]].keys["layers"]]
-    named, every = config.get("no_rope_layers"), config.get("no_rope_layer_interval", 4)
+    named = _of_layers(config, "no_rope_layers", layers, where)
     if named is not None:
         return [bool(flag) for flag in named]
+    every = _count(config.get("no_rope_layer_interval", 4), "no_rope_layer_interval", where)
     return [(layer + 1) % every != 0 for layer in range(layers)]
 
 
-def windows(config: dict) -> list[int | None]:
+def windows(config: dict, where: str = "config.json") -> list[int | None]:
     """The sliding window of every layer in tokens, None where a layer sees everything before it.
+
+    Raises CheckpointError for a setting of another type, and for layer types of another number of layers.
 
     >>> windows({"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": None})
     [None, None]
@@ -91,11 +94,32 @@ def windows(config: dict) -> list[int | None]:
     layers, window = config[family.keys["layers"]], family.value(config, "sliding_window")
     if window is None or family.value(config, "use_sliding_window") is False:
         return [None] * layers
-    kinds = config.get("layer_types")
+    window = _count(window, "sliding_window", where)
+    kinds = _of_layers(config, "layer_types", layers, where)
     if kinds is None:
         first, every = family.value(config, "max_window_layers"), family.value(config, "sliding_window_pattern")
         if every is not None:  # Gemma: every so-manieth layer sees everything
+            every = _count(every, "sliding_window_pattern", where)
             kinds = ["full_attention" if (layer + 1) % every == 0 else "sliding_attention" for layer in range(layers)]
         else:  # Qwen: from a layer on; Mistral, Phi3: all
-            kinds = ["full_attention" if layer < (first or 0) else "sliding_attention" for layer in range(layers)]
+            first = 0 if first is None else _count(first, "max_window_layers", where, least=0)
+            kinds = ["full_attention" if layer < first else "sliding_attention" for layer in range(layers)]
     return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _count(value: object, key: str, where: str, least: int = 1) -> int:
+    if type(value) is not int or value < least:
+        found = value if type(value) in (int, float) else f"a {type(value).__name__}"
+        raise CheckpointError(f"{where}: {key} is {found}; a whole number from {least} is required, restore the file")
+    return value
+
+
+def _of_layers(config: dict, key: str, layers: int, where: str) -> list | None:
+    """A list with one entry a layer, or None."""
+    value = config.get(key)
+    if value is not None and (not isinstance(value, list) or len(value) != layers):
+        found = f"a list of {len(value)}" if isinstance(value, list) else f"a {type(value).__name__}"
+        raise CheckpointError(
+            f"{where}: {key} is {found}; a list of {layers}, one a layer, is required, restore the file"
+        )
+    return value

@@ -192,3 +192,25 @@ def test_a_rope_scaling_beside_rope_parameters_means_what_transformers_means(fam
 def test_rotary_settings_of_other_types_are_refused(given: dict):
     with pytest.raises(CheckpointError, match=r"here/config\.json: .* required"):
         trait({"model_type": "llama"} | given, "rope", "here/config.json")
+
+
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [
+        ("mistral", {"sliding_window": "8"}),
+        ("mistral", {"sliding_window": 0}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": [1]}),
+        ("qwen2", {"use_sliding_window": True, "layer_types": ["full_attention"]}),
+        ("gemma2", {"sliding_window_pattern": 0}),
+        ("gemma2", {"layer_types": "full_attention"}),
+        ("smollm3", {"no_rope_layer_interval": 0}),
+        ("smollm3", {"no_rope_layers": [1]}),
+        ("smollm3", {"no_rope_layers": 1}),
+    ],
+)
+def test_settings_of_layers_of_other_types_are_refused(family: str, given: dict):
+    key = "rotary_layers" if family == "smollm3" else "windows"
+    config = {"model_type": family, "num_hidden_layers": 3}
+    assert len(trait(config, key)) == 3
+    with pytest.raises(CheckpointError, match=next(reversed(given))):
+        trait(config | given, key)
