@@ -121,8 +121,9 @@ def read_metaseq(pickles: Pickles, settings: dict | None = None, files: Sequence
         read.used.add(head)
     elif not shared:
         raise CheckpointError(f"{where}: no tensor decoder.{head}, but the settings share no table; restore the file")
-    left_out = [name for name in states[0] if _LEFT_OUT.search(name) or (shared and name == head)]
-    if foreign := sorted(states[0].keys() - read.used - set(left_out)):
+    names = set().union(*states)  # a part must not hold what the first one has not
+    left_out = [name for name in names if _LEFT_OUT.search(name) or (shared and name == head)]
+    if foreign := sorted(names - read.used - set(left_out)):
         raise CheckpointError(
             f"{where}: tensor decoder.{foreign[0]} is no part of an OPT; only plain pre-norm decoders with learned "
             "positions are read, use another checkpoint"

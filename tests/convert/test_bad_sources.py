@@ -258,6 +258,10 @@ def test_parts_and_tokenizers_of_metaseq_must_fit(tmp_path: Path, capsys):
     for number, state in enumerate(parts):
         torch.save({"model": state, "args": metaseq_args()}, tmp_path / "in" / f"reshard-model_part-{number}.pt")
     assert "embed_positions.weight differs between parts" in refused(capsys, tmp_path / "in")
+    parts[1]["decoder.embed_positions.weight"] = parts[0]["decoder.embed_positions.weight"].clone()
+    parts[1]["decoder.more.weight"] = torch.ones(2)
+    torch.save({"model": parts[1], "args": metaseq_args()}, tmp_path / "in" / "reshard-model_part-1.pt")
+    assert "decoder.more.weight is no part of an OPT" in refused(capsys, tmp_path / "in")
     (tmp_path / "in/reshard-model_part-0.pt").unlink()
     assert "parts [1]; all from 0 on" in refused(capsys, tmp_path / "in")
     (tmp_path / "in/reshard-model_part-0-shard0.pt").write_bytes(b"")
