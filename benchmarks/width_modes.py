@@ -66,7 +66,8 @@ def main() -> None:
             )
         for mode, calibration, head in itertools.product(MODES, (None, file), ("sum", "own")):
             name = f"`{mode}`{', calibrated' if calibration else ''}{', own head' if head == 'own' else ''}"
-            width, out = {"off_diagonal": mode, "calibration": calibration, "head": head}, Path(tmp) / name.strip("`")
+            width = {"off_diagonal": mode, "calibration": calibration, "head": head}
+            out = Path(tmp) / f"{mode}-{calibration is not None}-{head}"
             with contextlib.redirect_stderr(io.StringIO()):
                 run_merge(MergeRecipe(method="width", out=out, width=width, **parents))
             print(f"| {name} | {' | '.join(losses(out, options.image, *sizes))} |", flush=True)

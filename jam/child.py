@@ -9,7 +9,7 @@ _INHERITED = ("HOME", "LD_LIBRARY_PATH", "PATH", "SYSTEMROOT", "TMPDIR")  # what
 
 def command(program: Path, *arguments: str) -> list[str]:
     """The program under this interpreter; nothing beside it or in the environment can take the place of a module."""
-    return [sys.executable, "-EPB", "-Wignore", str(program), *arguments]
+    return [sys.executable, "-EPBs", "-Wignore", str(program), *arguments]
 
 
 def environment() -> dict[str, str]:

@@ -20,6 +20,7 @@ from jam.errors import CheckpointError
 from jam.layouts import open_model
 from jam.models.families import check_tensors, family_of
 from jam.models.family import HEAD, Axes, Family, Sizes
+from jam.tokens.adopt import Words
 from jam.tokens.vocabulary import TEXT, JamFile, Vocabulary
 from merge.image_network import ImageNetwork, given_network, own_network
 
@@ -99,6 +100,13 @@ def read_parent(folder: Path, side: str, image_tokenizer: Path | None = None) ->
     parent = Parent(side, checkpoint, family, sizes, axes, jam, network, model.passengers, notes)
     if (side == "text" or parent.has_text) and not (Path(folder) / "tokenizer.json").is_file():
         raise CheckpointError(f"{folder}: no tokenizer.json; save the model's fast tokenizer into this folder")
+    if parent.has_text and (Path(folder) / "jam.json").is_file():  # else the vocabulary came from the tokenizer
+        count, size = Words.read(folder).count, jam.vocabulary.size
+        if count > size:
+            raise CheckpointError(
+                f"{folder}: tokenizer.json names id {count - 1}, jam.json has {size} ids; the tokenizer of this model "
+                "is required, restore it"
+            )
     return parent
 
 

@@ -186,7 +186,9 @@ class MergeRecipe(Recipe):
     out: Path = Field(description="folder to write, which must not exist or be empty")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="type of the written tensors")
     seed: int = Field(0, ge=0, description="seed of newly made weights (cross blocks) and of what dare draws")
-    hash: bool = Field(False, description="record the SHA-256 of every input and output file in report.json")
+    hash: bool = Field(
+        False, description="record the SHA-256 of every file read or written, but report.json and merge.yaml"
+    )
     shard_bytes: int = Field(
         5_000_000_000,
         ge=1,

@@ -8,12 +8,13 @@ the parents, the off-diagonal ones, through which one parent's units read the ot
     zero     [[A, 0], [0, B]]     the halves meet only in the norms and in the head
 
 The result is a checkpoint of the parents' own class. Head rows are concatenated too, so its logits are the sum of the
-parents'. What no block layout can keep: one norm over the doubled width mixes the statistics of both halves. With
-``calibration`` each half of a norm's weights is multiplied by a factor that was measured to undo this on average; where
-the norms have no weights (CM3Leon), the columns that read them are.
+parents'; with ``head: own`` the text half alone scores text and the image half alone scores image codes, the rest of
+their rows being zero. What no block layout can keep: one norm over the doubled width mixes the statistics of both
+halves. With ``calibration`` each half of a norm's weights is multiplied by a factor that was measured to undo this on
+average; where the norms have no weights (CM3Leon), the columns that read them are.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -161,11 +162,13 @@ class SideBySide:
     text: Table
     image: Table
     scales: tuple[float, float] = (1.0, 1.0)
+    apart: bool = False
 
     @property
     def fate(self) -> str:
-        scaled = _times(self.scales)
-        return f"rows of text {self.text.tensor} and image {self.image.tensor} side by side{scaled}"
+        which = "own rows" if self.apart else "rows"
+        beside = "beside zeros" if self.apart else "side by side"
+        return f"{which} of text {self.text.tensor} and image {self.image.tensor} {beside}{_times(self.scales)}"
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -280,6 +283,8 @@ def _config(pair: Pair, recipe: MergeRecipe, own_head: bool) -> dict:
     for name in ("heads", "model", "ffn"):
         config[image.family.keys[name]] = getattr(ours, name) + getattr(theirs, name)
     config["max_position_embeddings"] = min(ours.positions, theirs.positions)
+    if image.family.reads_head_dim and image.family.sizes(config | {"head_dim": None}).head_dim != ours.head_dim:
+        config["head_dim"] = ours.head_dim  # the text parent may state what the image parent leaves to be derived
     for key, value in {
         "num_key_value_heads": ours.kv_heads + theirs.kv_heads,
         "word_embed_proj_dim": ours.model + theirs.model,
@@ -287,6 +292,13 @@ def _config(pair: Pair, recipe: MergeRecipe, own_head: bool) -> dict:
         if config.get(key) is not None:
             config[key] = value
     return config
+
+
+def _halves(maps: Sequence[np.ndarray]) -> list[str]:
+    """Which half of every row is not zero."""
+    half = {(True, True): "both halves", (True, False): "half: text", (False, True): "half: image"}
+    kept = [(rows != ZERO).tolist() for rows in maps]
+    return [half[both] for both in zip(*kept, strict=True)]
 
 
 def plan(pair: Pair, recipe: MergeRecipe) -> Plan:
@@ -299,8 +311,11 @@ def plan(pair: Pair, recipe: MergeRecipe) -> Plan:
     sizes = image.family.sizes(config)
     maps = [half_map(union, side) for side in pair.sides]
     kinds = union.vocabulary.kinds()
-    foreign = (IMAGE, TEXT)  # what the text half and the image half do not score alone
-    heads = [np.where(apart & (kinds == kind), ZERO, rows) for kind, rows in zip(foreign, maps, strict=True)]
+    foreign = (IMAGE, TEXT)  # what the text half and the image half leave to the other, where that one knows the id
+    heads = [
+        np.where(apart & (kinds == kind) & (other != ZERO), ZERO, rows)
+        for kind, rows, other in zip(foreign, maps, reversed(maps), strict=True)
+    ]
     jobs = []
     for name, axes in image.family.tensors(config).items():
         rule: Rule
@@ -311,7 +326,7 @@ def plan(pair: Pair, recipe: MergeRecipe) -> Plan:
                 Table(side, tensor, rows, union.rows(side.side))
                 for side, tensor, rows in zip(pair.sides, tensors, heads if name == HEAD else maps, strict=True)
             ]
-            rule = SideBySide(*tables, scales)
+            rule = SideBySide(*tables, scales, apart and name == HEAD)
         elif axes[0] == "positions":
             rule = Positions(text, image, name)
         elif axes == ("head_dim",):
@@ -329,6 +344,7 @@ def plan(pair: Pair, recipe: MergeRecipe) -> Plan:
     mixed += "off-diagonal blocks keep a parent's function exactly"
     if calibration is not None:
         mixed += f"; corrected on average by {calibration.path.name}, measured on {calibration.data}"
+    scale = {} if apart else {"head_scale": 1.0}
     scores = "head_scale 1: logits are the sum of both parents' logits (scaled by the mixed norm), hence sharper than "
     scores += "either's where they agree; training settles it"
     if apart:
@@ -349,7 +365,6 @@ def plan(pair: Pair, recipe: MergeRecipe) -> Plan:
             "norms of queries and keys are shared by all heads: "
             + ("equal in both parents" if recipe.width.qk_norm == "equal" else "qk_norm=average, doubtful")
         )
-    half = {(True, True): "both halves", (True, False): "half: text", (False, True): "half: image"}
     kept, measured = "bit for bit", {}
     if calibration is not None:
         kept = (
@@ -358,14 +373,14 @@ def plan(pair: Pair, recipe: MergeRecipe) -> Plan:
             else kept + ", norms times a measured factor"
         )
         measured = {"calibration": {"sha256": calibration.sha256, "data": calibration.data}}
-    labels = [half[a, b] for a, b in zip((maps[0] != ZERO).tolist(), (maps[1] != ZERO).tolist(), strict=True)]
+    tables = {"input": describe(_halves(maps)), "head": describe(_halves(heads))}
     return Plan(
         "width",
         tuple(jobs),
         config,
         joint_jam_file(pair, "width"),
         f"the diagonal blocks are the parents, {kept}; off-diagonal blocks: {mode}",
-        {"input and head": describe(labels)},
+        tables if apart else {"input and head": tables["input"]},
         tuple(notes),
-        {"off_diagonal": mode, "head": recipe.width.head, "head_scale": 1.0, "head_dim": sizes.head_dim} | measured,
+        {"off_diagonal": mode, "head": recipe.width.head, "head_dim": sizes.head_dim} | scale | measured,
     )

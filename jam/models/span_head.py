@@ -49,10 +49,12 @@ class _SpanScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BTD: Tensor, weight_VD: Tensor, slices: list[slice]) -> Tensor:
         kind = x_BTD.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTD.dtype
+        casts = torch.is_autocast_enabled(kind) and x_BTD.dtype != torch.float64  # which autocast leaves alone
         ctx.slices, ctx.dtype, ctx.table = slices, x_BTD.dtype, (weight_VD.shape, weight_VD.dtype)
-        x_BTD = x_BTD.to(dtype)
-        parts = [weight_VD[part].to(dtype) for part in slices] if x_BTD.numel() else []
+        parts = [weight_VD[part] for part in slices] if x_BTD.numel() else []
+        if casts:
+            dtype = torch.get_autocast_dtype(kind)
+            x_BTD, parts = x_BTD.to(dtype), [part.to(dtype) for part in parts]
         ctx.save_for_backward(x_BTD, *parts)
         if not parts:
             return x_BTD.new_empty((*x_BTD.shape[:-1], sum(part.stop - part.start for part in slices)))
@@ -68,7 +70,7 @@ class _SpanScores(torch.autograd.Function):
         for part, rows_KD in zip(ctx.slices, parts, strict=False):  # no parts without rows
             own = grad_BTK[..., at : (at := at + part.stop - part.start)]
             grad_x += own @ rows_KD
-            grad_VD[part] = own.flatten(0, -2).T @ x_BTD.flatten(0, -2)
+            grad_VD[part] = own.reshape(-1, own.shape[-1]).T @ x_BTD.reshape(-1, x_BTD.shape[-1])
         return grad_x, grad_VD, None
 
 

@@ -73,7 +73,7 @@ def _mapping(config: dict, key: str, where: str) -> dict:
 def rotary_layers(config: dict, where: str = "config.json") -> list[bool]:
     """Whether each layer has rotary positions (SmolLM3 leaves every fourth without). Raises CheckpointError."""
     layers = config[FAMILIES[config["model_type"]].keys["layers"]]
-    named = _of_layers(config, "no_rope_layers", layers, where)
+    named = _of_layers(config, "no_rope_layers", layers, (0, 1), where)
     if named is not None:
         return [bool(flag) for flag in named]
     every = _count(config.get("no_rope_layer_interval", 4), "no_rope_layer_interval", where)
@@ -92,10 +92,15 @@ def windows(config: dict, where: str = "config.json") -> list[int | None]:
     """
     family = FAMILIES[config["model_type"]]
     layers, window = config[family.keys["layers"]], family.value(config, "sliding_window")
-    if window is None or family.value(config, "use_sliding_window") is False:
+    used = family.value(config, "use_sliding_window") if "use_sliding_window" in family.defaults else True
+    if used is not None and type(used) is not bool:
+        raise CheckpointError(
+            f"{where}: use_sliding_window is a {type(used).__name__}; true or false is required, restore the file"
+        )
+    if window is None or not used:
         return [None] * layers
     window = _count(window, "sliding_window", where)
-    kinds = _of_layers(config, "layer_types", layers, where)
+    kinds = _of_layers(config, "layer_types", layers, ("full_attention", "sliding_attention"), where)
     if kinds is None:
         first, every = family.value(config, "max_window_layers"), family.value(config, "sliding_window_pattern")
         if every is not None:  # Gemma: every so-manieth layer sees everything
@@ -114,12 +119,15 @@ def _count(value: object, key: str, where: str, least: int = 1) -> int:
     return value
 
 
-def _of_layers(config: dict, key: str, layers: int, where: str) -> list | None:
-    """A list with one entry a layer, or None."""
+def _of_layers(config: dict, key: str, layers: int, known: tuple, where: str) -> list | None:
+    """A list with one of the known entries a layer, or None."""
     value = config.get(key)
-    if value is not None and (not isinstance(value, list) or len(value) != layers):
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != layers:
         found = f"a list of {len(value)}" if isinstance(value, list) else f"a {type(value).__name__}"
-        raise CheckpointError(
-            f"{where}: {key} is {found}; a list of {layers}, one a layer, is required, restore the file"
-        )
+        raise CheckpointError(f"{where}: {key} is {found}; a list of {layers}, one a layer, is required, restore it")
+    if any(isinstance(entry, list | dict) or entry not in known for entry in value):
+        names = " or ".join(map(str, known))
+        raise CheckpointError(f"{where}: {key} holds another entry than {names}; jam knows these, use another model")
     return value

@@ -86,7 +86,8 @@ def adopt_vocabulary(folder: Path, config: dict) -> Vocabulary:
     controls = special_ids(Path(folder), config, words.ids)
     kinds[list(controls.values())] = CONTROL
     named = {index: word for word, index in words.ids.items()}
-    turns, found = None, read_turns(folder, kinds, {f"{name}_token": named[at] for name, at in controls.items()})
+    written = {f"{name}_token": named[at] for name, at in controls.items() if at in named}  # a row may have no token
+    turns, found = None, read_turns(folder, kinds, written)
     if found is not None:
         turns, end = found
         controls = {name: index for name, index in controls.items() if index != end} | {"eos": end}

@@ -98,7 +98,8 @@ def _render(template: str, **names: object) -> str:
         name = signal.Signals(-done.returncode).name
         raise ValueError("no end within its share of CPU time" if name in ("SIGXCPU", "SIGKILL") else name)
     if done.returncode:
-        raise ValueError("the process that runs it ended: " + " ".join(done.stderr.decode(errors="replace").split()))
+        said = done.stderr.decode(errors="replace").splitlines()[-1:]
+        raise ValueError("the process that runs it ended: " + "".join(filter(str.isprintable, *said))[:200])
     answer = json.loads(done.stdout)
     if "error" in answer:
         raise ValueError(answer["error"])

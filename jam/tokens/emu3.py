@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Emu3VQVAE, Emu3VQVAEConfig
@@ -75,7 +76,8 @@ class Emu3Network:
         """
         config = dict(config)
         resolution = config.pop("resolution", RESOLUTION)
-        network = load_network(lambda: Emu3VQVAE(Emu3VQVAEConfig(**config)), tensors, where)
+        refuses = (StrictDataclassError, AttributeError, LookupError, TypeError, ValueError)
+        network = load_network(lambda: Emu3VQVAE(Emu3VQVAEConfig(**config)), tensors, where, refuses)
         factor = network.spatial_scale_factor
         if type(resolution) is not int or resolution < factor or resolution % factor:
             raise CheckpointError(

@@ -16,7 +16,6 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -328,31 +327,28 @@ class VQModel(nn.Module):
         Raises:
             CheckpointError: sizes of no network, tensors that do not fit them, NaN or infinity.
         """
-        return load_network(lambda: cls(config), tensors, where)
+        return load_network(lambda: cls(config), tensors, where, (TypeError, ValueError, ArithmeticError))
 
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def load_network(make: Callable[[], Network], tensors: dict[str, Tensor], where: str) -> Network:
+def load_network(
+    make: Callable[[], Network], tensors: dict[str, Tensor], where: str, refuses: tuple[type[Exception], ...]
+) -> Network:
     """An image network with these tensors, all of them and no others, frozen, in float32.
 
+    Args:
+        refuses: how ``make`` says that the sizes are of no network.
+
     Raises:
-        CheckpointError: ``make`` refuses its sizes, or tensors are missing, unexpected, of another shape or not finite.
+        CheckpointError: sizes of no network, or tensors that are missing, unexpected, of another shape or not finite.
     """
+    floats = {name: tensor.float() for name, tensor in tensors.items()}
     try:
         network = make()
-        floats = {name: tensor.float() for name, tensor in tensors.items()}
         missing, unexpected = network.load_state_dict(floats, strict=False)
-    except (  # sizes of no network, or of another
-        StrictDataclassError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        RuntimeError,
-    ) as error:
+    except (*refuses, RuntimeError) as error:  # RuntimeError: tensors of another network's shapes
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{where}: config and weights are not one image tokenizer ({reason}); restore the folder"

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from jam.assets import CHAT, MINI, SHIPPED
+from jam.decode.engine import SamplingOptions
 from jam.difference import write_difference
 from jam.recipe import dump_recipe, load_recipe
 from merge.recipe import MergeRecipe
@@ -68,16 +69,18 @@ def ship_chat(name: str, merged: Path, runs: list[Path], sampling: dict[str, flo
     plain = recipe.model_copy(update={"text": None, "image": None, "out": Path("chat")})
     (out / "merge.yaml").write_text(dump_recipe(plain))
     join_logs(runs, out / "log.jsonl")
+    (out / "jam.json").unlink(missing_ok=True)
     if sampling:  # else the merge's jam.json serves
         settings = json.loads((merged / "jam.json").read_text())
-        settings["sampling"] |= sampling
+        settings["sampling"] = settings.get("sampling", {}) | sampling
+        SamplingOptions(**settings["sampling"])
         (out / "jam.json").write_text(json.dumps(settings, indent=2) + "\n")
     print(record)
 
 
 def setting(argument: str) -> tuple[str, float]:
     key, _, value = argument.partition("=")
-    return key, float(value)
+    return key, json.loads(value)
 
 
 def main() -> None:

@@ -44,6 +44,7 @@ TORCH_FREE = (
         "jam/shards",
         "jam/header",
         "jam/digest",
+        "jam/byte_bar",
         "jam/journal",
         "jam/shard_file",
         "jam/floats",
@@ -126,3 +127,12 @@ def test_the_one_file_that_opens_pickles_runs_alone_and_loads_weights_only():
     assert [ast.unparse(key.value) for call in loads for key in call.keywords if key.arg == "weights_only"] == ["True"]
     assert not {target.split(".")[0] for target in imports(path)} & {"jam", "merge", "finetune"}
     assert not [module for module, source in sources() if "jam.convert.unpickle" in imports(source)]
+
+
+def test_the_one_file_that_runs_templates_runs_alone():
+    path = ROOT / "jam" / "tokens" / "run_template.py"
+    assert not {target.split(".")[0] for target in imports(path)} & {"jam", "merge", "finetune"}
+    assert not [module for module, source in sources() if "jam.tokens.run_template" in imports(source)]
+    assert [module for module, source in sources() if "jinja2" in " ".join(imports(source))] == [
+        "jam.tokens.run_template"
+    ]

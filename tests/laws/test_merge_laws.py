@@ -20,7 +20,7 @@ from jam.models.heads import next_heads
 from jam.models.load import load_bundle
 from jam.models.tower import network_class
 from jam.tokens.render import IMAGE_HEAD
-from jam.tokens.vocabulary import CONTROL, JamFile
+from jam.tokens.vocabulary import CONTROL, IMAGE, TEXT, JamFile
 from merge.recipe import MergeRecipe
 from merge.run import METHODS, run_merge
 from tests import step_zero
@@ -148,6 +148,42 @@ def test_single_table_results_load_strictly_without_jam(tmp_path: Path, family: 
 
 def weights_names(folder: Path) -> set[str]:
     return set(jam.checkpoint.open_checkpoint(folder).tensors)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gemma"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_own_head_scores_text_by_one_half_and_codes_by_the_other(tmp_path: Path, family: str, tied: bool):
+    text, image = tiny_pair(tmp_path, family=family, text_tie_word_embeddings=tied, image_tie_word_embeddings=tied)
+    out = fuse(text, image, tmp_path / "out", "width", width={"head": "own"})
+    plain = fuse(text, image, tmp_path / "plain", "width")
+    kinds = JamFile.read(out).vocabulary.kinds()
+    head, table = weights(out)["lm_head.weight"], weights(out)[FAMILIES[family].embed]
+    own = [weights(side).get("lm_head.weight", weights(side)[FAMILIES[family].embed]) for side in (text, image)]
+    shared = np.flatnonzero(kinds == TEXT)  # both parents know these ids, under the same numbers
+    assert same_bits(head[shared, :32], own[0][shared]) and not head[shared, 32:].any()
+    codes = np.flatnonzero(kinds == IMAGE)
+    assert same_bits(head[codes, 32:], own[1][codes]) and not head[codes, :32].any()
+    controls = np.flatnonzero(kinds == CONTROL)
+    assert same_bits(head[controls, 32:], own[1][controls]) and head[controls[:2], :32].any()
+    assert same_bits(table, weights(plain)[FAMILIES[family].embed])
+    rows = json.loads((out / "report.json").read_text())["rows"]
+    assert rows["head"]["counts"]["half: text"] == len(shared) and "half: text" not in rows["input"]["counts"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_width_of_heads_that_only_one_parent_states(tmp_path: Path, family: str):
+    """transformers derives a head's width from the model's where the configuration is silent."""
+    given = {"text_hidden_size": 24, "text_num_attention_heads": 4, "text_head_dim": 8, "image_hidden_size": 32}
+    given |= {"image_num_attention_heads": 4, "image_head_dim": 8, "num_key_value_heads": 2}
+    text, image = tiny_pair(tmp_path, family=family, **given)
+    config = json.loads((image / "config.json").read_text())
+    if family == "llama":  # Qwen3's own default is another
+        del config["head_dim"]
+    (image / "config.json").write_text(json.dumps(config))
+    out = fuse(text, image, tmp_path / "out", "width", width={"off_diagonal": "zero", "qk_norm": "average"})
+    model, loading = network_class(family).from_pretrained(out, output_loading_info=True)
+    assert not loading["mismatched_keys"] and not loading["missing_keys"]
+    assert model.config.head_dim == 8 and model(torch.tensor([[0, 20, 300]])).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("family", [family for family in MERGED if family != "gemma2"])  # it caps its logits

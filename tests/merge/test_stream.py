@@ -14,6 +14,7 @@ from merge.run import run_merge
 from tests.tiny import tiny_pair
 
 METHODS = (
+    {"method": "width", "width": {"off_diagonal": "zero"}, "family": "opt"},
     {"method": "width", "width": {"off_diagonal": "copy"}},
     {"method": "width", "width": {"off_diagonal": "zero"}},
     {"method": "width", "width": {"off_diagonal": "average"}},
@@ -34,7 +35,9 @@ def stored_as(folder: Path, dtype: torch.dtype) -> None:
 def test_placed_values_are_those_that_float32_gives(
     tmp_path: Path, changes: dict, stored: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ):
-    text, image = tiny_pair(tmp_path, text_family="llama", image_family="llama")
+    family = changes.get("family", "llama")
+    changes = {key: value for key, value in changes.items() if key != "family"}
+    text, image = tiny_pair(tmp_path, family=family)
     for folder, dtype in zip((text, image), stored, strict=True):
         stored_as(folder, getattr(torch, dtype))
     recipe = MergeRecipe(text=text, image=image, out=tmp_path / "placed", dtype=stored[1], **changes)

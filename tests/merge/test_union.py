@@ -14,7 +14,7 @@ from jam.tokens.vocabulary import IMAGE, TEXT, JamFile, Span, Vocabulary
 from merge.plan import read_parent
 from merge.rows import Table, tower_map
 from merge.union import AVERAGED, NONE, Pair, joint_vocabulary
-from tests.tiny import edit_json, tiny_pair
+from tests.tiny import edit_json, tiny_pair, tiny_tokenizer
 
 EMBED = "model.decoder.embed_tokens.weight"
 
@@ -106,3 +106,10 @@ def test_a_tokenizer_without_strings_is_refused(tmp_path: Path):
     edit_json(folders[1] / "tokenizer.json", {"pre_tokenizer": None, "decoder": None})
     with pytest.raises(CheckpointError, match="neither byte-level nor sentencepiece's"):
         _ = open_pair(folders).union
+
+
+def test_a_tokenizer_with_more_ids_than_the_vocabulary_is_refused(tmp_path: Path):
+    _, image = tiny_pair(tmp_path, image_merges=4)
+    tiny_tokenizer().save(str(image / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match=r"names id 287, jam\.json has 284"):
+        read_parent(image, "image")

@@ -203,9 +203,13 @@ def test_rotary_settings_of_other_types_are_refused(given: dict):
         ("qwen2", {"use_sliding_window": True, "layer_types": ["full_attention"]}),
         ("gemma2", {"sliding_window_pattern": 0}),
         ("gemma2", {"layer_types": "full_attention"}),
+        ("gemma2", {"layer_types": ["full_attention", "Sliding_Attention", "full_attention"]}),
+        ("mistral", {"layer_types": [1, None, {}]}),
+        ("qwen2", {"use_sliding_window": "false"}),
         ("smollm3", {"no_rope_layer_interval": 0}),
         ("smollm3", {"no_rope_layers": [1]}),
         ("smollm3", {"no_rope_layers": 1}),
+        ("smollm3", {"no_rope_layers": ["0", [0], 1]}),
     ],
 )
 def test_settings_of_layers_of_other_types_are_refused(family: str, given: dict):

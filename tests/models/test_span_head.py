@@ -51,6 +51,19 @@ def test_a_frozen_head_passes_the_gradient_on() -> None:
     torch.testing.assert_close(x.grad, weight[OWN].sum(0).expand_as(x))
 
 
+def test_one_row_without_a_batch() -> None:
+    weight = parameters(3)[1]
+    x = torch.ones(6, requires_grad=True)
+    span_scores(x, weight, SLICES).sum().backward()
+    torch.testing.assert_close(x.grad, weight[OWN].sum(0))
+
+
+def test_types_that_do_not_agree_are_refused_as_elsewhere() -> None:
+    x, weight = parameters(3)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        span_scores(x, weight.bfloat16().detach().requires_grad_(), SLICES)
+
+
 def test_numeric_gradient() -> None:
     x, weight = (tensor.detach().double().requires_grad_() for tensor in parameters(2))
     assert torch.autograd.gradcheck(lambda *given: span_scores(*given, SLICES), (x, weight))

@@ -28,6 +28,14 @@ def test_special_tokens_are_controls_and_rows_without_a_token_are_reserved(folde
     assert found.controls == {"bos": 0, "eos": 2}  # of several the first; a pad that is the eos is left out
 
 
+def test_a_control_may_be_a_row_without_a_token(folder: Path):
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}<break>{% endfor %}{{ pad_token }}"
+    )
+    found = adopt_vocabulary(folder, CONFIG | {"pad_token_id": 297})
+    assert found.controls["pad"] == 297 and found.turns is not None
+
+
 def test_the_tokenizers_settings_win_over_the_configuration(folder: Path):
     settings = {"bos_token": None, "eos_token": {"content": "<break>"}, "pad_token": "<pad>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

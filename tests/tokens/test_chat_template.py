@@ -1,15 +1,18 @@
 """Turns read off chat templates of several kinds, and conversations written with them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from jam.document import CodesPart, Document, TextPart
 from jam.errors import CheckpointError, DataError
 from jam.models.load import load_bundle
 from jam.tokens.adopt import adopt_vocabulary
-from jam.tokens.chat_template import read_template
+from jam.tokens.chat_template import _render, read_template
 from jam.tokens.render import parse, render
 from jam.tokens.text import TextTokenizer
 from jam.tokens.vocabulary import JamFile, Turns, Vocabulary
@@ -19,6 +22,7 @@ from merge.run import run_merge
 from merge.union import Pair
 from tests.tiny import CODES_PER_IMAGE, tiny_pair
 
+ROOT = Path(__file__).parents[2]
 CHATML = (
     "{% for message in messages %}{% if loop.first %}<mask>system\nBe kind.<infill>\n{% endif %}"
     "<mask>{{ message['role'] }}\n{{ message['content'] | trim }}<infill>\n{% endfor %}"
@@ -90,6 +94,49 @@ def test_a_conversation_that_begins_with_a_reply_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content }}|{% endfor %}",
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}",
+        "{{ messages | tojson(indent=4) }}{{ {'b': 'ü<', 'a': 1} | tojson }}",
+        "{% set n = namespace(x=0) %}{% for m in messages %}{% set n.x = n.x + 1 %}  {{ n.x }}\n{% endfor %}",
+        "{% macro say(m) %}{{ m.role | upper }}: {{ m.content | trim }}{% endmacro %}{{ say(messages[0]) }}",
+    ],
+)
+def test_a_template_writes_what_transformers_lets_it_write(template: str):
+    messages = [{"role": role, "content": f" {words} "} for role, words in SAID]
+    expected, _ = render_jinja_template([messages], chat_template=template)
+    assert _render(template, messages=messages) == expected[0]
+
+
+def test_a_template_that_asks_for_the_date_always_gets_the_same():
+    assert _render("{{ strftime_now('%d %B %Y') }}") == "01 January 2025"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "share of CPU time"),
+        ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", "share of CPU"),
+        ("{{ ('a' * 10 ** 9) | length }}", "MemoryError"),
+        ("{{ 'a' * 10 ** 6 }}", "more than 100000 characters"),
+    ],
+)
+def test_time_memory_and_text_are_bounded(template: str, reason: str):
+    with pytest.raises(ValueError, match=reason):
+        _render(template)
+
+
+def test_a_lower_limit_of_the_caller_is_kept():
+    program = (
+        "import resource; from jam.tokens.chat_template import _render; low = 400 << 20; "
+        "resource.setrlimit(resource.RLIMIT_AS, (low, low)); print(_render('a'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout, done.returncode) == ("a\n", 0), done.stderr
+
+
+@pytest.mark.parametrize(
     ("template", "reason"),
     [
         ("{{ raise_exception('no') }}", "does not render"),
@@ -113,11 +160,9 @@ def test_a_template_that_no_turns_follow_from_is_refused(tmp_path: Path, templat
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ 'a'*10**11 }}",
         "{% for i in range(10**9) %}{% endfor %}",
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% for i in range(200) %}{% for j in range(200) %}" + 30 * "word " + "{% endfor %}{% endfor %}",
         "{{ lipsum(n=100000) }}",
         "{% set r = range(999) %}{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
         "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
         "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
         "{{ 'a'.ljust(10**11) }}",
