@@ -4,7 +4,7 @@ r"""Put trained mini weights where the package ships them, with the log of their
     python recipes/mini/ship.py parent --run runs/mini-image runs/mini-image-2 --name image --vq runs/vq runs/vq-sharp
     python recipes/mini/ship.py chat --merged runs/mini-cross --run runs/mini-chat runs/mini-chat-2
     python recipes/mini/ship.py chat --name smollm2 --merged runs/smollm2-cross \
-        --run runs/smollm2-tower-tuned runs/smollm2-tuned --sampling text_temperature=0.0
+        --run runs/smollm2-tower-tuned runs/smollm2-tuned --sampling text_temperature=0.4
 
 Of several runs, one after another, the last has the weights. A parent is a whole folder. A chat model is the merge's
 recipe and the trained difference to it: the parents that it repeats are shipped already, or fetched.
