@@ -24,11 +24,11 @@ from jam.decode.engine import SamplingOptions, context_length, default_options, 
 from jam.decode.grammar import Rules
 from jam.decode.stream import Event, ImageDone, ImageProgress, ImageStart, ReplyStream, Stop, TextDelta
 from jam.document import CodesPart, Document, Part, TextPart
-from jam.errors import DataError, GenerationError, JamError
+from jam.errors import DataError, GenerationError, JamError, printable
 from jam.generate import check_drawable, said_options, user_turn
 from jam.models.load import Bundle, load_bundle
 from jam.shipped import model_folder
-from jam.terminal import COLUMNS, half_blocks, printable, shows_images
+from jam.terminal import COLUMNS, half_blocks, shows_images
 from jam.tokens.image import open_image
 from jam.tokens.render import render
 

@@ -139,7 +139,10 @@ def read_json(path: Path, hook: Callable[[list], dict] | None = None) -> dict:
     """A JSON object; ``hook`` as json's ``object_pairs_hook``. Raises CheckpointError when the file is missing,
     damaged, holds something else, or NaN or infinity, which are no JSON."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise FileNotFoundError
         raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=hook, parse_constant=_no_number)
+        json.dumps(raw, ensure_ascii=False).encode()  # half a surrogate pair is no text, and could not be written again
     except FileNotFoundError:
         raise CheckpointError(
             f"{path.parent}: no {path.name}; a whole checkpoint folder is required, restore it"

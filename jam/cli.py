@@ -22,7 +22,7 @@ from typing import Annotated
 import typer
 
 from jam import __version__
-from jam.errors import JamError
+from jam.errors import JamError, message_lines, printable
 
 app = typer.Typer(
     help="Fuse an image-text model with a text LLM, train the result, talk to it in text and images.",
@@ -397,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as exit_:  # typer always ends so, also after its own usage errors (2) and Ctrl+C (130)
         return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
     except JamError as error:
-        message, code = str(error), error.exit_code
+        lines, code = message_lines(error), error.exit_code
         if debug:
             raise
     except OSError as error:
@@ -405,10 +405,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         place = f"{error.filename}: " if error.filename else ""
         code = JamError.exit_code
-        message = f"{place}{error.strerror}; required: room and leave to use this path; {_ADVICE[error.errno]}"
+        advice = f"required: room and leave to use this path; {_ADVICE[error.errno]}"
+        lines = [printable(f"{place}{error.strerror}; {advice}").replace("\n", " ")]
     except KeyboardInterrupt:
         return 130
-    for line in message.split("\n"):
+    for line in lines:
         print(f"error: {line}" if code == JamError.exit_code else line, file=sys.stderr)
     return code
 

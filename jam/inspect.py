@@ -8,7 +8,7 @@ nothing is said about whether the parents are related or any good.
 from pathlib import Path
 
 from jam.checkpoint import Checkpoint, open_checkpoint
-from jam.errors import CheckpointError, JamError
+from jam.errors import CheckpointError, JamError, printable
 from jam.floats import LONG
 from jam.layouts import ModelFolder, layout_of, open_model
 from jam.models.families import FAMILIES, check_tensors, family_of
@@ -43,7 +43,7 @@ def _print(title: str, facts: Facts) -> None:
     width = max(len(name) for name, _ in facts)
     print(title)
     for name, value in facts:
-        print(f"  {name:<{width}}  {value}")
+        print(f"  {name:<{width}}  {' '.join(printable(str(value)).splitlines())}")
 
 
 def describe_folder(path: Path) -> Facts:

@@ -81,7 +81,8 @@ class ShardWriter:
     digests: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self.out = Path(os.path.abspath(self.out))
+        # a link to a folder stands for the folder, which the rename has to meet
+        self.out = Path(os.path.realpath(self.out) if self.out.is_dir() else os.path.abspath(self.out))
         check_output(self.out)
         self.folder = partial_folder(self.out)
         self.shards = self._plan_shards()

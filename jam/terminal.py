@@ -5,8 +5,6 @@ upper half block), the lower one as its background, so that pixels are about squ
 terminal has. Nothing here reads the keyboard.
 """
 
-import unicodedata
-
 from PIL import Image as Pil
 from PIL.Image import Image
 from rich.color import Color
@@ -42,12 +40,3 @@ def half_blocks(image: Image, columns: int = COLUMNS) -> Text:
 def shows_images(console: Console) -> bool:
     """Whether cells of colour make sense: a terminal, with colours, and NO_COLOR not set."""
     return console.is_terminal and not console.no_color and console.color_system is not None
-
-
-def printable(text: str) -> str:
-    """Text without control characters except tab and newline: a model must not steer the terminal.
-
-    >>> printable("a\\x1b[2Jb\\tc\\n")
-    'a[2Jb\\tc\\n'
-    """
-    return "".join(letter for letter in text if letter in "\t\n" or unicodedata.category(letter) != "Cc")

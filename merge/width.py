@@ -55,6 +55,11 @@ def cut(pieces: tuple[Segment, ...], block: slice) -> Iterator[tuple[Parent, sli
         at += stop - start
 
 
+def end_to_end(pieces: list[np.ndarray]) -> np.ndarray:
+    """Rows under each other; a block seldom has more than one piece, which is not copied once more."""
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
 @dataclass(frozen=True)
 class Blocks(Placing):
     """A matrix of four blocks: the parents on the diagonal, ``off_diagonal`` beside them; columns that read the text
@@ -81,7 +86,7 @@ class Blocks(Placing):
         return self.off_diagonal != "average" and self.columns == (1.0, 1.0)
 
     def place(self, block: slice, read: Read) -> np.ndarray:
-        return np.concatenate([self._half(own, rows, read) for own, rows in cut(self.pieces, block)])
+        return end_to_end([self._half(own, rows, read) for own, rows in cut(self.pieces, block)])
 
     def _half(self, own: Parent, rows: slice, read: Read) -> np.ndarray:
         other = self.image if own is self.text else self.text
@@ -118,7 +123,7 @@ class Ends(Placing):
         return tuple({side.side: (side, self.tensor) for side, *_ in self.pieces}.values())
 
     def place(self, block: slice, read: Read) -> np.ndarray:
-        return np.concatenate([read(side.checkpoint, self.tensor, rows) for side, rows in cut(self.pieces, block)])
+        return end_to_end([read(side.checkpoint, self.tensor, rows) for side, rows in cut(self.pieces, block)])
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ class CalibratedNorm:
         return self.ends.sources
 
     def rows(self, block: slice) -> np.ndarray:
-        return np.concatenate([self._half(side, rows) for side, rows in cut(self.ends.pieces, block)])
+        return end_to_end([self._half(side, rows) for side, rows in cut(self.ends.pieces, block)])
 
     def _half(self, side: Parent, rows: slice) -> np.ndarray:
         stored, half = side.checkpoint.read(self.ends.tensor, rows), self.halves[side.side]

@@ -1,6 +1,7 @@
 """Reading folders header-first: what is whole is read exactly, and everything else is refused by name."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from jam.checkpoint import INDEX, WEIGHTS, open_checkpoint, row_blocks, write_json
+from jam.checkpoint import INDEX, WEIGHTS, open_checkpoint, read_json, row_blocks, write_json
 from jam.errors import CheckpointError
 from jam.floats import all_finite, from_float32, not_finite, to_float32
 
@@ -226,3 +227,12 @@ def test_row_blocks_cover_every_row_once(shape: tuple[int, ...]):
     rows = shape[0] if shape else 1
     blocks = list(row_blocks(shape, 10))
     assert [row for block in blocks for row in range(block.start, block.stop)] == list(range(rows))
+
+
+def test_what_is_no_plain_file_or_no_text_is_refused(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.json")  # opening it would wait for a writer
+    with pytest.raises(CheckpointError, match=r"no pipe\.json"):
+        read_json(tmp_path / "pipe.json")
+    (tmp_path / "half.json").write_text('{"a": ["\\ud800"]}')
+    with pytest.raises(CheckpointError, match="surrogates not allowed"):
+        read_json(tmp_path / "half.json")

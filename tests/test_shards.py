@@ -79,6 +79,16 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path):
     assert (tmp_path / "out" / "config.json").is_file()
 
 
+def test_a_link_to_an_empty_folder_stands_for_it(tmp_path: Path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "out").symlink_to("there")
+    with ShardWriter(tmp_path / "out", SPECS) as writer:
+        write_all(writer)
+        writer.finish()
+    assert (tmp_path / "there" / "config.json").is_file() and (tmp_path / "out").is_symlink()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "there"]
+
+
 def test_refuses_values_that_the_type_cannot_hold(tmp_path: Path):
     with (
         pytest.raises(CheckpointError, match="tensor w: 1 values overflow F16"),

@@ -8,7 +8,8 @@ from rich.console import Console
 
 from jam.chat import _Screen
 from jam.decode.stream import ImageDone, ImageProgress, ImageStart, Stop, TextDelta
-from jam.terminal import UPPER_HALF, half_blocks, printable, shows_images
+from jam.errors import printable
+from jam.terminal import UPPER_HALF, half_blocks, shows_images
 
 
 def console(terminal: bool = True, **changes) -> Console:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from jam.errors import DataError
 from jam.evaluate.loss import Progress, batches_by_length
 
 
@@ -66,6 +67,8 @@ def fit(own: Moments, both: Moments) -> Fit:
     m and M being zero in norms that take no mean away. Sums over features and tokens follow from the moments.
     """
     scale, joint_scale = own.length(), both.length()
+    if not (np.all(scale > 0) and np.any(own.square > 0)):
+        raise DataError("a half's states are all zero before a norm; a trained model is required, nothing is measured")
     shift = own.mean - both.mean if own.centred else np.zeros_like(own.mean)
     variance = own.square - (own.mean**2 if own.centred else 0.0)
     cross = float(np.mean(variance / (scale * joint_scale)))

@@ -72,7 +72,12 @@ def view(owner: Owner) -> ModelFolder:
         config = _TEXT | (inner if isinstance(inner, dict) else {})
         config |= {"model_type": "emu3_text_model", "architectures": ["Emu3ForCausalLM"]}
         config["tie_word_embeddings"] = bool(owner.config.get("tie_word_embeddings", config.get("tie_word_embeddings")))
-    network = _NETWORK | (owner.config.get("vq_config") or {}) | {"model_type": "emu3_vqgan", "resolution": RESOLUTION}
+    given = owner.config.get("vq_config") or {}
+    if not isinstance(given, dict):
+        raise CheckpointError(
+            f"{where}/config.json: vq_config is a {type(given).__name__}; a mapping is required, restore the file"
+        )
+    network = _NETWORK | given | {"model_type": "emu3_vqgan", "resolution": RESOLUTION}
     renamed = {
         "text_model.model.": "model.",
         "text_model.lm_head.": "lm_head.",
@@ -82,7 +87,13 @@ def view(owner: Owner) -> ModelFolder:
     found = Checkpoint(owner.path, network, passengers) if passengers else None
     if found is not None:
         _check_network(found, len(span), where)
-    factor = 2 ** (len(network["channel_multiplier"]) - 1)
+    levels = network["channel_multiplier"]
+    if not (isinstance(levels, list | tuple) and 1 <= len(levels) <= 9 and all(type(level) is int for level in levels)):
+        raise CheckpointError(
+            f"{where}/config.json: vq_config's channel_multiplier is {levels!r:.60}; a list of 1 to 9 whole numbers is "
+            "required, restore it"
+        )
+    factor = 2 ** (len(levels) - 1)
     controls = {control: words[name] for control, name in CONTROLS.items()}
     vocabulary = vocabulary_of(owner, config, span, controls, (RESOLUTION // factor) ** 2)
     jam = JamFile(vocabulary, None, ("bos", "begin_image"))

@@ -173,6 +173,7 @@ class JamCrossForCausalLM(PreTrainedModel, GenerationMixin):
         x_BTD, y_BTE = text.embed(rows, position_ids), image.embed(image_rows, position_ids)
         # the one without a window serves cross-attention too; positions are not consulted, a 4D mask says packing
         masks = self._masks(x_BTD, attention_mask, past_key_values)
+        seen = masks(self.config)  # now: it counts the slots of the cache, to which the layers will add
         kwargs = kwargs | {"position_ids": position_ids}
         text_inputs = text.inputs(x_BTD, position_ids, partial(masks, text.config))
         image_inputs = image.inputs(y_BTE, position_ids, partial(masks, image.config))
@@ -186,7 +187,7 @@ class JamCrossForCausalLM(PreTrainedModel, GenerationMixin):
             text_done, image_done = text_end, image_end
             if index < len(self.cross):
                 x_BTD, y_BTE = self.cross[index](
-                    x_BTD, y_BTE, attention_mask=masks(self.config), past_key_values=past_key_values, **kwargs
+                    x_BTD, y_BTE, attention_mask=seen, past_key_values=past_key_values, **kwargs
                 )
         return text.finish(x_BTD), image.finish(y_BTE)
 

@@ -26,7 +26,9 @@ class TextTokenizer:
             raise CheckpointError(f"{folder}: no tokenizer.json; save the model's fast tokenizer into this folder")
         try:
             return cls(Tokenizer.from_file(str(path)))
-        except Exception as error:  # the library raises bare Exception for a bad file
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception for a bad file, and panics below it
             raise CheckpointError(f"{path}: {error}; the file is damaged, restore it from its source") from None
 
     def encode(self, text: str) -> list[int]:

@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 
+from jam.checkpoint import read_json
 from jam.errors import CheckpointError
 
 Kind = Literal["control", "text", "image"]
@@ -93,6 +94,8 @@ class Vocabulary:
                     f"vocabulary: control {name}={index} is unknown or outside a control span; "
                     f"names are {', '.join(CONTROL_NAMES)}, mend jam.json"
                 )
+        if self.turns is not None and "eos" not in self.controls:
+            raise CheckpointError("vocabulary: turns but no eos, which ends a reply; it is required, mend jam.json")
         for index in () if self.turns is None else (*self.turns.opening, *self.turns.assistant, *self.turns.user):
             if type(index) is not int or not 0 <= index < self.size or kinds[index] == IMAGE:
                 raise CheckpointError(
@@ -181,6 +184,11 @@ class Vocabulary:
                 f"vocabulary: codes_per_image is {codes!r} with {'an' if images else 'no'} image span; the number of "
                 "codes of an image is required where there are image ids, else 0, mend jam.json"
             )
+        if images and (missing := {"begin_image", "end_image"} - found.controls.keys()):
+            raise CheckpointError(
+                f"vocabulary: an image span without {' and '.join(sorted(missing))}; the controls around an image are "
+                "required, mend jam.json"
+            )
         return found
 
 
@@ -206,7 +214,7 @@ class JamFile:
         if not path.is_file():
             raise CheckpointError(f"{folder}: no jam.json; jam needs it to know which ids are text, control and image")
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_json(path)
             record = cls(
                 Vocabulary.from_json(raw["vocabulary"]),
                 raw["image_tokenizer"],
@@ -224,7 +232,7 @@ class JamFile:
     def _check(self, path: Path) -> None:
         """Raises CheckpointError for a value of another type than the file has, or a subfolder that is none."""
         subfolder, unknown = self.image_tokenizer, [name for name in self.unconditional if name not in CONTROL_NAMES]
-        if not (subfolder is None or (isinstance(subfolder, str) and subfolder == Path(subfolder).name)):
+        if not (subfolder is None or (isinstance(subfolder, str) and subfolder == Path(subfolder).name != "..")):
             raise CheckpointError(
                 f"{path}: image_tokenizer is {subfolder!r}; the name of a subfolder or null is required, mend the file"
             )

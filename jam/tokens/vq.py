@@ -312,12 +312,7 @@ class VQModel(nn.Module):
             raise CheckpointError(
                 f"{folder}/config.json: model_type is not 'vqgan'; point to an image tokenizer folder"
             )
-        try:
-            config = VQConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
-        except TypeError as error:
-            raise CheckpointError(
-                f"{folder}: config.json and weights are not one image tokenizer ({error}); restore the folder"
-            ) from None
+        config = VQConfig.from_json(raw, f"{folder}/config.json")
         return cls.build(config, load_file(folder / "model.safetensors"), str(folder))
 
     @classmethod

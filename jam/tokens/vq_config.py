@@ -6,9 +6,10 @@ network of ``jam.tokens.vq`` does not have is refused by name. Parameter names a
 ``own_name`` says which of a checkpoint's tensors belong to the tokenizer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from jam.errors import CheckpointError
+from jam.header import shown
 
 PARTS = ("encoder.", "decoder.", "quantize.embedding.", "quant_conv.", "post_quant_conv.")
 MAX_SIZE, MAX_BLOCKS, MAX_LEVELS = 1_000_000, 64, 16  # far above any real network: what is built grows with them
@@ -43,6 +44,22 @@ class VQConfig:
     decoder: bool = True
     mid_attention: bool = True
     unit_pixels: bool = False
+
+    @classmethod
+    def from_json(cls, raw: dict, where: str) -> "VQConfig":
+        """Raises CheckpointError for a key that is none of these, of another type or out of bounds."""
+        kinds = {field.name: type(field.default) for field in fields(cls)}
+        if unknown := sorted(raw.keys() - kinds.keys()):
+            raise CheckpointError(
+                f"{where}: {shown(unknown[0])} is no setting of an image tokenizer; {', '.join(kinds)} are, restore it"
+            )
+        found: dict = {}
+        for key in raw:
+            if kinds[key] is bool and type(raw[key]) is not bool:
+                raise CheckpointError(f"{where}: {key} is {_shown(raw[key])}; true or false is required, restore it")
+            read = {int: _number, tuple: _numbers}.get(kinds[key])
+            found[key] = raw[key] if read is None else read(raw, key, where)
+        return cls(**found)
 
     @property
     def grid(self) -> int:

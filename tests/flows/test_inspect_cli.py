@@ -8,7 +8,7 @@ import pytest
 
 from jam.checkpoint import WEIGHTS
 from jam.cli import main
-from tests.tiny import tiny_pair
+from tests.tiny import edit_json, tiny_pair
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,3 +132,28 @@ def test_bad_folders_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert main(["inspect", *map(str, paths)]) == 2
         printed = capsys.readouterr()
         assert message in printed.err and not printed.out and len(printed.err.strip().splitlines()) == 1
+
+
+ODD = "\x1b[2J\nerror: forged"
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("jam.json", {"vocabulary.controls": {ODD: 1}}),
+        ("jam.json", {"image_tokenizer": ODD}),
+        ("config.json", {"model_type": ODD}),
+        ("tokenizer.json", {"version": ODD}),
+        ("config.json", {"hidden_size": [0] * 10_000}),
+    ],
+)
+def test_what_a_file_says_steers_no_terminal_and_forges_no_error(tmp_path: Path, file: str, change: dict, capsys):
+    _, image = tiny_pair(tmp_path)
+    edit_json(image / file, change)
+    capsys.readouterr()
+    code = main(["inspect", str(image)])
+    said = capsys.readouterr()
+    lines = said.err.splitlines() + said.out.splitlines()
+    assert code in (0, 2) and lines and not [line for line in lines if line.startswith("error: forged")]
+    assert "\x1b" not in said.err + said.out and max(map(len, lines)) < 2100
+    assert code == 0 or len(said.err.splitlines()) == 1

@@ -272,6 +272,17 @@ def test_rows_that_are_not_the_owners_are_refused(tmp_path: Path, file: str, cha
         open_model(owner)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"vq_config": 5}, {"vq_config": [1]}, *({"vq_config.channel_multiplier": bad} for bad in (0, None, [1.5], []))],
+)
+def test_an_image_network_of_emu3_that_is_none_is_refused(tmp_path: Path, change: dict):
+    owner = emu3_owner(tmp_path / "owner")
+    edit_json(owner / "config.json", change)
+    with pytest.raises(CheckpointError, match="vq_config"):
+        open_model(owner)
+
+
 def test_rows_after_the_codes_are_padding(tmp_path: Path):
     owner = simplear_owner(tmp_path / "owner")
     edit_json(owner / "config.json", {"vocab_size": 320})

@@ -15,7 +15,8 @@ from jam.models.heads import allowed_ids, next_heads, restrict
 from jam.models.load import Bundle, load_bundle
 from jam.models.tower import build_tower
 from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD, render
-from tests.tiny import tiny_document, tiny_pair
+from tests import step_zero
+from tests.tiny import CODES_PER_IMAGE, tiny_document, tiny_pair
 from tests.tiny_cross import tiny_cross
 
 
@@ -89,6 +90,18 @@ def test_a_wrapped_head_is_called_whole(bundle: Bundle) -> None:
     model = deepcopy(bundle.model)
     model.text.lm_head = torch.nn.Sequential(model.text.lm_head)
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "image"), [("mistral", "mistral"), ("gemma2", "mistral"), ("gemma3_text", "gemma3_text")]
+)
+def test_towers_with_sliding_windows_answer_as_the_loop_without_a_cache(tmp_path: Path, text: str, image: str) -> None:
+    """Where every layer has a window, nobody else asks for the mask that cross-attention reads."""
+    pair = {"family": (text, image), "sliding_window": (6, 6), "num_hidden_layers": (2, 2)}
+    changes = {f"{side}_{key}": values[n] for key, values in pair.items() for n, side in enumerate(("text", "image"))}
+    fused, _, _ = step_zero.fuse(tmp_path, **changes)
+    tokens, codes = step_zero.answers(fused)
+    assert tokens > 0 and codes == CODES_PER_IMAGE
 
 
 def test_loss_is_each_positions_own_softmax(bundle: Bundle) -> None:

@@ -187,7 +187,7 @@ def test_half_a_surrogate_pair_is_refused(tmp_path: Path):
     folder = chat_parent(tmp_path, "")
     (folder / "chat_template.jinja").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "\ud800" + BRACKETS}))
-    with pytest.raises(CheckpointError, match="is no text"):
+    with pytest.raises(CheckpointError, match="surrogates not allowed"):
         vocabulary_of(folder)
 
 
@@ -210,6 +210,8 @@ def test_turns_name_ids_of_the_vocabulary():
     assert Vocabulary.from_json(good).to_json() == good
     with pytest.raises(CheckpointError, match="turns name id 3"):
         Vocabulary.from_json(good | {"turns": {"opening": [3], "assistant": [1], "user": []}})
+    with pytest.raises(CheckpointError, match="turns but no eos"):
+        Vocabulary.from_json(good | {"controls": {}})
     with pytest.raises(CheckpointError, match="turns is a int"):
         Vocabulary.from_json(good | {"turns": 5})
 

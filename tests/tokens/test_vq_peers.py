@@ -223,3 +223,23 @@ def test_a_config_of_an_older_jam_still_loads(tmp_path: Path):
     older.pop("unit_pixels")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vqgan"} | older))
     assert VQModel.load(tmp_path).config == config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_res_blocks": 1_000_000_000},
+        {"num_res_blocks": True},
+        {"ch_mult": [1, "2"]},
+        {"ch_mult": 3},
+        {"local": "yes"},
+        {"n_embed": None},
+        {"other": 1},
+    ],
+)
+def test_sizes_of_no_tokenizer_are_refused_before_anything_is_built(tmp_path: Path, change: dict):
+    VQModel(VQConfig(ch=32, z_channels=16, embed_dim=4, n_embed=16, attn_resolutions=())).save(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | change))
+    with pytest.raises(CheckpointError, match=f"config.json: {next(iter(change))} is"):
+        VQModel.load(tmp_path)
