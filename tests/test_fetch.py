@@ -128,7 +128,7 @@ def test_what_is_not_known_or_not_there_is_named(wheel, tmp_path):
 
 
 def test_a_shipped_model_asks_for_its_language_model(wheel, tmp_path, monkeypatch):
-    assert model_folder(Path("smollm2")) == Path("smollm2")  # no such model is shipped
+    assert model_folder(Path("none")) == Path("none")  # no such model is shipped
     (tmp_path / "shipped" / "smollm2").mkdir(parents=True)
     (tmp_path / "shipped" / "smollm2" / "difference.safetensors").touch()
     monkeypatch.setattr(assets, "SHIPPED", tmp_path / "shipped")

@@ -213,8 +213,8 @@ class JamFile:
         path = Path(folder) / "jam.json"
         if not path.is_file():
             raise CheckpointError(f"{folder}: no jam.json; jam needs it to know which ids are text, control and image")
+        raw = read_json(path)
         try:
-            raw = read_json(path)
             record = cls(
                 Vocabulary.from_json(raw["vocabulary"]),
                 raw["image_tokenizer"],

@@ -144,7 +144,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut shard": (lambda f: cut(f / WEIGHTS), "truncated"),
     "NaN": (poison, f"tensor {FC1} has 2 of 2048 values that are NaN or infinite"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),
-    "bad tokenizer": (lambda f: cut(f / "tokenizer.json"), "the file is damaged"),
+    "bad tokenizer": (lambda f: cut(f / "tokenizer.json"), "cannot be read as JSON"),
     "no jam.json, no tokenizer": (
         lambda f: [(f / name).unlink() for name in ("jam.json", "tokenizer.json")],
         "neither jam.json nor tokenizer.json",
