@@ -294,7 +294,7 @@ def main() -> None:
         shutil.rmtree(root, ignore_errors=True)
         if "memory" in parts and not options.quick:
             every = ("uniform", "cross", "width")
-            memory(Path(options.folder or tempfile.gettempdir()), {8: every, 24: every, 66: ("uniform",)})
+            memory(Path(options.folder or tempfile.gettempdir()), {8: every, 24: every, 66: every})
 
 
 if __name__ == "__main__":

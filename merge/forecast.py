@@ -16,13 +16,14 @@ from pathlib import Path
 from jam.checkpoint import row_blocks
 from jam.digest import sha256_rate
 from jam.memory import anonymous_bytes
+from jam.shard_file import ShardFile
 from jam.shards import TensorSpec
 from merge.cross import SharedTable
 from merge.plan import Job, Plan
 from merge.rows import Table
-from merge.stream import Piece, block_size, stored_block, streamed
+from merge.stream import BLOCK, Piece, stored_block, streamed
 
-BLOCKS = 128  # blocks of a sample: enough to even out a disk, few enough for a fraction of a second
+BLOCKS = 256  # blocks of a sample: enough to even out a disk, few enough for a fraction of a second
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,45 @@ def forecast(plan: Plan, specs: list[TensorSpec], read: int, folder: Path, hashe
         if any(isinstance(part, Table) for part in vars(job.rule).values()):  # it reads the whole table once
             stored_block(job, spec, slice(0, 1))
     once = time.perf_counter() - began
-    began, sampled = time.perf_counter(), 0
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        for _, stored in streamed([chosen]):
-            file.write(stored.reshape(-1).view("u1").data)
-            sampled += stored.nbytes
-        os.fsync(file.fileno())
-    rate = (time.perf_counter() - began) / max(1, sampled)
-    seconds = started + once + rate * write
+    seconds, sampled = _timed(chosen, folder, write)
+    seconds += started + once
     if hashed:
         seconds += (read + write) / sha256_rate() / min(2, os.cpu_count() or 1)
     return Forecast(read, write, anonymous_bytes(), seconds, sampled)
+
+
+def _timed(sample: list[Piece], folder: Path, write: int) -> tuple[float, int]:
+    """Seconds that writing so many bytes would take, and the sample's bytes.
+
+    Threads, fresh memory and the last flush cost once; only what the later blocks took grows with the bytes.
+    """
+    began, done = time.perf_counter(), 0
+    marks = []  # seconds and bytes when a block is handed on
+    file = _unnamed(folder)
+    try:
+        for _, stored in streamed([sample]):
+            file.append(stored.reshape(-1).view("u1").data)
+            done += stored.nbytes
+            marks.append((time.perf_counter() - began, done))
+        file.finish()
+    finally:
+        file.drop()
+    whole = time.perf_counter() - began
+    (warm, before), (last, _) = marks[len(marks) // 4], marks[-1]
+    if before == done:
+        return whole * write / done, done
+    rate = (last - warm) / (done - before)
+    return whole - last + warm + rate * (write - before), done
+
+
+def _unnamed(folder: Path) -> ShardFile:
+    """A file without a name, which vanishes with this process whatever ends it."""
+    handle, name = tempfile.mkstemp(dir=folder)
+    os.close(handle)
+    try:
+        return ShardFile(Path(name), hashed=False)
+    finally:
+        os.unlink(name)
 
 
 def _sample(pairs: list[tuple[Job, TensorSpec]]) -> Iterator[Piece]:
@@ -76,7 +105,7 @@ def _sample(pairs: list[tuple[Job, TensorSpec]]) -> Iterator[Piece]:
     total = sum(spec.bytes for _, spec in pairs)
     wanted, at, number = max(1, total // BLOCKS), 0, 0
     for job, spec in pairs:
-        for block in row_blocks(job.shape, block_size(job, spec)):
+        for block in row_blocks(job.shape, BLOCK):
             begin = at
             at += spec.bytes * (block.stop - block.start) // (job.shape[0] if job.shape else 1)
             if begin <= number * wanted < at:

@@ -14,14 +14,14 @@ from math import prod
 import numpy as np
 
 from jam.byte_bar import byte_bar
-from jam.checkpoint import BLOCK, Checkpoint, row_blocks
+from jam.checkpoint import Checkpoint, row_blocks
 from jam.errors import CheckpointError
 from jam.floats import all_finite, from_float32, not_finite
 from jam.shards import ShardWriter, TensorSpec
 from merge.plan import Job, Placing, Plan
 
-PLACED = 4  # times a computed block's elements
-AHEAD = 4  # blocks computed before the first of them is written: bounds the memory, keeps both threads busy
+BLOCK = 1 << 19  # elements: smaller ones stay in a core's cache, but each costs a dozen changes of the interpreter's owner
+AHEAD = 8  # blocks computed before the first of them is written: bounds the memory, keeps both threads busy
 
 
 Piece = tuple[Job, TensorSpec, slice]  # a block of rows of one tensor
@@ -44,7 +44,7 @@ def stream(plan: Plan, writer: ShardWriter) -> None:
 
 def pieces(job: Job, spec: TensorSpec) -> Iterator[Piece]:
     """All of one job."""
-    return ((job, spec, block) for block in row_blocks(job.shape, block_size(job, spec)))
+    return ((job, spec, block) for block in row_blocks(job.shape, BLOCK))
 
 
 def streamed(work: Iterable[Iterable[Piece]]) -> Iterator[tuple[TensorSpec, np.ndarray]]:
@@ -70,18 +70,9 @@ def streamed(work: Iterable[Iterable[Piece]]) -> Iterator[tuple[TensorSpec, np.n
             pool.shutdown(cancel_futures=True)
 
 
-def _placed(job: Job, spec: TensorSpec) -> bool:
-    return isinstance(job.rule, Placing) and job.rule.keeps(spec.dtype)
-
-
-def block_size(job: Job, spec: TensorSpec) -> int:
-    """Elements of a block. What is placed is looked over once and never becomes float32: fewer, larger blocks."""
-    return PLACED * BLOCK if _placed(job, spec) else BLOCK
-
-
 def stored_block(job: Job, spec: TensorSpec, block: slice) -> np.ndarray:
     """A block of a job's rows as it is stored; values that are only placed, in their own type, are not converted."""
-    if _placed(job, spec):
+    if isinstance(job.rule, Placing) and job.rule.keeps(spec.dtype):
         return job.rule.place(block, Checkpoint.finite)
     stored = _computed(job, spec, block)
     if not all_finite(stored, spec.dtype):
