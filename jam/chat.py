@@ -20,8 +20,9 @@ from PIL.Image import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from jam.decode.engine import SamplingOptions, context_length, default_options, encode_images, generate
+from jam.decode.engine import context_length, encode_images, generate
 from jam.decode.grammar import Rules
+from jam.decode.options import SamplingOptions, default_options
 from jam.decode.stream import Event, ImageDone, ImageProgress, ImageStart, ReplyStream, Stop, TextDelta
 from jam.document import CodesPart, Document, Part, TextPart
 from jam.errors import DataError, GenerationError, JamError, printable

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from jam.decode.engine import SamplingOptions, default_options, encode_images
+from jam.decode.engine import encode_images
+from jam.decode.options import SamplingOptions, default_options
 from jam.decode.stream import Reply, replies
 from jam.document import Document, ImagePart, Part, Role, TextPart
 from jam.errors import GenerationError

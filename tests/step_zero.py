@@ -23,9 +23,10 @@ from pathlib import Path
 
 import torch
 
-from jam.decode.engine import SamplingOptions, generate
+from jam.decode.engine import generate
 from jam.decode.grammar import Kind
 from jam.decode.naive import generate_naive
+from jam.decode.options import SamplingOptions
 from jam.decode.stream import ReplyStream
 from jam.document import CodesPart, Document, TextPart
 from jam.models.heads import next_heads, restrict

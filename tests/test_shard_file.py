@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from io import FileIO
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def test_every_byte_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kin
     random = np.random.default_rng(size)
     data = random.bytes(size)
     cuts = [0, *sorted(random.integers(0, size + 1, 6).tolist()), size]
-    pieces = [data[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
+    pieces = [data[start:stop] for start, stop in pairwise(cuts)]
     assert written(tmp_path / "file", pieces) == hashlib.sha256(data).hexdigest()
     assert (tmp_path / "file").read_bytes() == data
 

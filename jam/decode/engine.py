@@ -2,150 +2,99 @@
 
 Stages:
 1. ``prepare`` renders the prompts, checks that they fit, and sets one grammar a row.
-2. Prefill of all prompts, and of one guidance row under each (``jam.decode.slots``).
-3. Loop: guide, restrict to the grammar, sample, yield, feed one slot; replies that are done leave the batch.
+2. Prefill of all prompts, and of the guidance rows under them (``jam.decode.slots``).
+3. Loop: scores of the head that each row's state asks for, guidance, a draw (``jam.decode.choose``), yield, feed one
+   slot; replies that are done leave the batch.
+
+What a row may say next depends on its text, which the host reads token by token to stream it. Inside an image it
+depends on nothing: where all rows draw, their codes stay on the device from step to step, and the host reads each one
+while the next is computed.
 
 With ``image_beams`` an image is not sampled but searched for: its reply splits into beams (lanes of the batch) at the
 first code, the likeliest continuations of all of them go on, and with the last code the likeliest image is chosen.
 
 The loop without a cache, in ``jam.decode.naive``, is the oracle of this one.
 
-Shapes: N rows that are still open, L lanes of the batch, V vocabulary, K codes.
+Shapes: N rows, L lanes of the batch, V vocabulary, K codes.
 """
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from jam.decode import sampling
-from jam.decode.grammar import Kind, Mode, Phase, Row, Rules, Step
-from jam.decode.slots import Slots
-from jam.document import Document
+from jam.decode.choose import Scores, choose_codes, choose_text, guided, used
+from jam.decode.grammar import Kind, Phase, Row, Rules, Step
+from jam.decode.options import SamplingOptions, default_options
+from jam.decode.slots import Fed, Slots
+from jam.document import CodesPart, Document
 from jam.errors import GenerationError
 from jam.models.load import Bundle
 from jam.tokens.render import render
 
-_TYPES: dict[object, tuple[tuple[type, ...], str]] = {
-    Mode: ((str,), "a word"),
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-    int | None: ((int, type(None)), "a whole number or none"),
-}
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How to reply. ``max_tokens`` counts every token of the reply, image codes and controls included.
-
-    Mode ``image`` makes at least one image and no text. Guidance scale 1 is off and costs nothing. ``image_beams``
-    above 1 searches for the likeliest image (needs ``image_temperature`` 0) in so many lanes of the batch.
-
-    Raises:
-        GenerationError: a value outside its range; the message gives it.
-    """
-
-    mode: Mode = "interleaved"
-    max_tokens: int = 400
-    max_images: int = 4
-    min_images: int = 0
-    seed: int = 0
-    text_temperature: float = 0.7
-    text_top_p: float = 0.9
-    image_temperature: float = 1.0
-    image_top_p: float = 0.95
-    image_top_k: int | None = None
-    image_beams: int = 1
-    guidance_scale: float = 3.0
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value, (kinds, words) = getattr(self, field.name), _TYPES[field.type]
-            _check(field.name, value, isinstance(value, kinds) and not isinstance(value, bool), words)
-        # beyond these bounds float32 scores overflow to numbers that are none
-        for name, value in (("text_temperature", self.text_temperature), ("image_temperature", self.image_temperature)):
-            _check(name, value, value == 0 or 1e-4 <= value < math.inf, "0 (greedy), or a finite number from 0.0001")
-        _check("guidance_scale", self.guidance_scale, 0 <= self.guidance_scale <= 1000, "a number from 0 to 1000")
-        _check("text_top_p", self.text_top_p, 0 < self.text_top_p <= 1, "above 0 and at most 1")
-        _check("image_top_p", self.image_top_p, 0 < self.image_top_p <= 1, "above 0 and at most 1")
-        _check(
-            "image_top_k", self.image_top_k, self.image_top_k is None or self.image_top_k >= 1, "at least 1, or none"
-        )
-        _check("image_beams", self.image_beams, 1 <= self.image_beams <= 64, "from 1 (no search) to 64")
-        _check(
-            "image_temperature",
-            self.image_temperature,
-            self.image_beams == 1 or self.image_temperature == 0,
-            f"0 with image_beams {self.image_beams}, which search for the likeliest image and draw nothing by chance",
-        )
-        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
-        _check("seed", self.seed, 0 <= self.seed <= sampling.MAX_SEED, f"from 0 to {sampling.MAX_SEED}")
-
-
-def default_options(bundle: Bundle, **said: float | str | None) -> SamplingOptions:
-    """The model's own defaults (``sampling`` in its jam.json) under what is said; None is not said.
-
-    An image temperature without a word on beams turns the search off, and beams without a word on the temperature
-    turn chance off: one of the two has to give way.
-
-    Raises:
-        GenerationError: a value out of its range, or a default that is no option.
-    """
-    said = {name: value for name, value in said.items() if value is not None}
-    try:
-        SamplingOptions(**bundle.sampling)
-    except (TypeError, GenerationError) as error:
-        known = ", ".join(field.name for field in fields(SamplingOptions))
-        raise GenerationError(
-            f"{bundle.path}: jam.json's sampling {bundle.sampling} does not hold ({error}); names are {known}, mend it"
-        ) from None
-    defaults = dict(bundle.sampling)
-    if "image_temperature" in said and "image_beams" not in said:
-        defaults.pop("image_beams", None)
-    elif said.get("image_beams", 1) > 1 and "image_temperature" not in said:
-        defaults["image_temperature"] = 0.0
-    return SamplingOptions(**(defaults | said))
-
-
-def _check(name: str, value: float | None, holds: bool, required: str) -> None:
-    if not holds:
-        raise GenerationError(f"{name} is {value!r}; required: {required}; change it")
+Options = SamplingOptions | Sequence[SamplingOptions] | None
 
 
 @dataclass
 class Job:
-    """A prepared call: prompts as ids, the grammar state of each reply, and what sampling needs."""
+    """A prepared call: prompts as ids, and of each row its settings, its grammar and its random numbers.
 
-    options: SamplingOptions
-    rules: Rules
+    ``prefix`` stands for "no condition" before the control that opens an image; ``kept`` are the prompts without their
+    text, for the third stream. Both are None where no row needs them.
+    """
+
+    options: list[SamplingOptions]
     prompts: list[list[int]]
     rows: list[Row]
     streams: list[int]
-    prefix: list[int]
-    context: int
+    prefix: list[int] | None = None
+    kept: list[list[int]] | None = None
+    replies: list[list[int]] = field(init=False)
 
-    @property
-    def guided(self) -> bool:
-        """Whether any image may need the unconditional stream."""
-        draws = self.rules.can_draw and self.rules.mode != "text" and self.rules.max_images > 0
-        return draws and self.options.guidance_scale != 1
+    def __post_init__(self) -> None:
+        self.replies = [[] for _ in self.rows]
 
     def searches(self, index: int) -> bool:
         """Whether a row is inside an image that beams search for."""
-        return self.options.image_beams > 1 and self.rows[index].phase is Phase.IMAGE
+        return self.options[index].image_beams > 1 and self.rows[index].phase is Phase.IMAGE
 
     def take(self, tokens: dict[int, int], position: int) -> list[Step]:
         """Advances the rows by their tokens."""
         steps = []
         for index, token in tokens.items():
             kind = self.rows[index].advance(token)
+            self.replies[index].append(token)
             steps.append(Step(index, position, token, kind, self.rows[index].stop))
         return steps
 
     def open_rows(self) -> list[int]:
         return [index for index, row in enumerate(self.rows) if row.phase is not Phase.DONE]
+
+    def uniforms(self) -> Tensor:
+        """float64 [N, tokens of the longest reply possible]."""
+        count = max(row.room for row in self.rows)
+        draws = zip(self.options, self.streams, strict=True)
+        return torch.stack([torch.from_numpy(sampling.uniforms(own.seed, row, count)) for own, row in draws])
+
+    def used_codes(self, indices: Sequence[int], device: torch.device) -> Tensor | None:
+        """bool [N, K]: the codes that each row's image at hand has; None where no row minds."""
+        if all(self.options[index].image_repetition_penalty == 1 for index in indices):
+            return None
+        vocabulary = self.rows[indices[0]].rules.vocabulary
+        last = [self.replies[index][len(self.replies[index]) - self.rows[index].codes :] for index in indices]
+        codes = [[token - vocabulary.image_span.start for token in ids] for ids in last]
+        return used(codes, vocabulary.codebook_size, device)
+
+    def used_text(self, indices: Sequence[int], size: int, device: torch.device) -> Tensor | None:
+        """bool [N, V]: the text that each row's prompt and reply have; None where no row minds."""
+        if all(self.options[index].text_repetition_penalty == 1 for index in indices):
+            return None
+        text = self.rows[indices[0]].rules.is_text
+        flags = used([[*self.prompts[index], *self.replies[index]] for index in indices], size, torch.device("cpu"))
+        flags[:, : len(text)] &= text
+        return flags.to(device)
 
 
 def context_length(bundle: Bundle) -> int:
@@ -172,17 +121,20 @@ def encode_images(bundle: Bundle, document: Document) -> Document:
 
 
 def prepare(
-    bundle: Bundle, prompts: Sequence[Document], options: SamplingOptions, streams: Sequence[int] | None = None
+    bundle: Bundle, prompts: Sequence[Document], options: Options = None, streams: Sequence[int] | None = None
 ) -> Job:
-    """Prompts to ids, with every check that can be made before the first forward.
+    """Prompts to ids, with every check that can be made before the first forward; arguments as ``generate``.
 
     Raises:
         GenerationError: a prompt longer than the context, or no room for what the options ask; with the numbers.
     """
-    context = context_length(bundle)
-    rules = Rules(bundle.vocabulary, options.mode, options.min_images, options.max_images)
-    ids, rows = [], []
-    for index, prompt in enumerate(prompts):
+    options = default_options(bundle) if options is None else options
+    each = [options] * len(prompts) if isinstance(options, SamplingOptions) else list(options)
+    if len(each) != len(prompts):
+        raise GenerationError(f"{len(prompts)} prompts and {len(each)} options; required: one, or one a prompt")
+    context, ids, rows = context_length(bundle), [], []
+    for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
+        rules = Rules(bundle.vocabulary, own.mode, own.min_images, own.max_images)
         tokens = render(prompt, bundle.vocabulary, bundle.text, complete=False).ids.tolist()
         where = f"prompt {index}: " if len(prompts) > 1 else ""
         left = context - len(tokens)
@@ -191,22 +143,44 @@ def prepare(
                 f"{where}the prompt has {len(tokens)} tokens and the model's context {context}; the reply needs room "
                 f"for {rules.needed_tokens} more; shorten the prompt or leave turns out"
             )
-        if options.max_tokens < rules.needed_tokens:
+        if own.max_tokens < rules.needed_tokens:
             raise GenerationError(
-                f"max_tokens is {options.max_tokens}; a reply with {rules.needed_images} images needs "
+                f"max_tokens is {own.max_tokens}; a reply with {rules.needed_images} images needs "
                 f"{rules.needed_tokens} ({rules.image_tokens} an image and 1 to end); raise max_tokens"
             )
         ids.append(tokens)
-        rows.append(Row(rules, min(left, options.max_tokens)))
-    job = Job(options, rules, ids, rows, list(range(len(ids)) if streams is None else streams), [], context)
-    if job.guided:
+        rows.append(Row(rules, min(left, own.max_tokens)))
+    job = Job(each, ids, rows, list(range(len(ids)) if streams is None else streams))
+    guided_rows = [index for index, row in enumerate(rows) if each[index].guided and row.rules.may_draw]
+    if guided_rows:
         job.prefix = _unconditional_prefix(bundle)
-        if len(job.prefix) + rules.image_tokens > context:
+        needed = len(job.prefix) + rows[0].rules.image_tokens
+        if needed > context:
             raise GenerationError(
-                f"the model's context is {context}; guidance needs {len(job.prefix) + rules.image_tokens} for one "
-                "image; set guidance_scale to 1"
+                f"the model's context is {context}; guidance needs {needed} for one image; set guidance_scale to 1"
             )
+    if any(each[index].keeps_images for index in guided_rows):
+        job.kept = [[*job.prefix, *_images_of(bundle, prompt)] for prompt in prompts]
+        for index in guided_rows:
+            rules, most = rows[index].rules, rows[index].room
+            drawn = min(rules.max_images, most // rules.image_tokens) * rules.image_tokens
+            if len(job.kept[index]) + drawn > context:
+                raise GenerationError(
+                    f"the model's context is {context}; the stream that keeps images needs "
+                    f"{len(job.kept[index]) + drawn}; set max_images lower, or leave image_guidance_scale out"
+                )
     return job
+
+
+def _images_of(bundle: Bundle, prompt: Document) -> list[int]:
+    """The ids of a prompt's images alone, each between its controls."""
+    controls, span = bundle.vocabulary.controls, bundle.vocabulary.image_span
+    found: list[int] = []
+    for part in prompt.parts:
+        if isinstance(part, CodesPart):
+            codes = [span.start + code for code in part.codes]
+            found += [controls["begin_image"], *codes, controls["end_image"]]
+    return found
 
 
 def _unconditional_prefix(bundle: Bundle) -> list[int]:
@@ -219,49 +193,6 @@ def _unconditional_prefix(bundle: Bundle) -> list[int]:
             "that end in begin_image; mend jam.json or set guidance_scale to 1"
         )
     return [controls[name] for name in bundle.unconditional[:-1]]
-
-
-def choose(
-    job: Job, position: int, indices: Sequence[int], cond_NV: Tensor, uncond_NV: Tensor | None
-) -> dict[int, int]:
-    """The next token of some rows, at the ``position``-th token of their replies.
-
-    Args:
-        indices: N rows of the job.
-        cond_NV: their restricted logits.
-        uncond_NV: those of their unconditional streams, read for image codes alone; None without guidance.
-
-    Returns:
-        row index to token id.
-    """
-    options, rules = job.options, job.rules
-    uniforms = torch.tensor([sampling.uniform(options.seed, job.streams[i], position) for i in indices])
-    chosen: dict[int, int] = {}
-    drawing = [n for n, i in enumerate(indices) if job.rows[i].phase is Phase.IMAGE]
-    writing = [n for n, i in enumerate(indices) if job.rows[i].phase is not Phase.IMAGE]
-    if drawing:
-        span = rules.vocabulary.image_span
-        logits = code_logits(job, cond_NV[drawing], None if uncond_NV is None else uncond_NV[drawing])
-        logits = sampling.temperature(logits, options.image_temperature)
-        logits = sampling.top_p(sampling.top_k(logits, options.image_top_k), options.image_top_p)
-        tokens = sampling.sample(logits, uniforms[drawing].to(logits.device)) + span.start
-        chosen |= dict(zip((indices[n] for n in drawing), tokens.tolist(), strict=True))
-    if writing:
-        legal = torch.stack([job.rows[indices[n]].legal() for n in writing]).to(cond_NV.device)
-        logits = sampling.restrict(_wide(cond_NV[writing]), legal)
-        logits = sampling.top_p(sampling.temperature(logits, options.text_temperature), options.text_top_p)
-        tokens = sampling.sample(logits, uniforms[writing].to(logits.device))
-        chosen |= dict(zip((indices[n] for n in writing), tokens.tolist(), strict=True))
-    return {index: chosen[index] for index in indices}
-
-
-def code_logits(job: Job, cond_NV: Tensor, uncond_NV: Tensor | None) -> Tensor:
-    """Guided logits [N, K] of the codes alone."""
-    span = job.rules.vocabulary.image_span
-    logits = _wide(cond_NV[:, span.start : span.stop])
-    if uncond_NV is None:
-        return logits
-    return sampling.cfg(logits, _wide(uncond_NV[:, span.start : span.stop]), job.options.guidance_scale)
 
 
 @dataclass
@@ -278,14 +209,15 @@ class Search:
     def begin(cls, job: Job, index: int, position: int) -> "Search":
         return cls(job, index, position, torch.zeros(1), torch.zeros(1, 0, dtype=torch.int64))
 
-    def extend(self, cond_WV: Tensor, uncond_WV: Tensor | None) -> list[int]:
+    def extend(self, scores: Scores) -> list[int]:
         """Goes on by one code, the last one by the likeliest image alone; the beam that each new one continues."""
-        row, rules = self.job.rows[self.index], self.job.rules
-        last = row.codes + 1 == rules.vocabulary.codes_per_image
-        logits = sampling.top_k(code_logits(self.job, cond_WV, uncond_WV), self.job.options.image_top_k).cpu()
-        scores = self.scores.to(logits.dtype)
-        self.scores, beams, codes = sampling.extend_beams(scores, logits, 1 if last else self.job.options.image_beams)
-        self.ids = torch.cat([self.ids[beams], codes[:, None] + rules.vocabulary.image_span.start], dim=1)
+        row, options = self.job.rows[self.index], self.job.options[self.index]
+        vocabulary = row.rules.vocabulary
+        last = row.codes + 1 == vocabulary.codes_per_image
+        logits = sampling.top_k(guided(options, scores), options.image_top_k).cpu()
+        so_far = self.scores.to(logits.dtype)
+        self.scores, beams, codes = sampling.extend_beams(so_far, logits, 1 if last else options.image_beams)
+        self.ids = torch.cat([self.ids[beams], codes[:, None] + vocabulary.image_span.start], dim=1)
         row.advance(int(self.ids[0, -1]))
         return beams.tolist()
 
@@ -297,23 +229,15 @@ class Search:
         return [Step(self.index, position, token, Kind.CODE, None) for position, token in ids]
 
 
-def _wide(logits: Tensor) -> Tensor:
-    """Half precision to fp32: guidance subtracts nearly equal numbers, and softmax runs over thousands."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-
 def generate(
-    bundle: Bundle,
-    prompts: Sequence[Document],
-    options: SamplingOptions | None = None,
-    streams: Sequence[int] | None = None,
+    bundle: Bundle, prompts: Sequence[Document], options: Options = None, streams: Sequence[int] | None = None
 ) -> Iterator[Step]:
     """Replies to prompts, token by token; stop iterating to cancel.
 
     Args:
         prompts: images as codes (``encode_images``). A prompt that ends in a user turn is answered, any other
             continued.
-        options: None takes the model's defaults.
+        options: for all prompts, or one for each; None takes the model's defaults.
         streams: the numbers of the rows' random streams, by default 0, 1, ...; a reply depends on its prompt, the
             options and its stream, not on its neighbours.
 
@@ -324,41 +248,163 @@ def generate(
     Raises:
         GenerationError: at the call, not at the first step; see ``prepare``.
     """
-    job = prepare(bundle, prompts, options or default_options(bundle), streams)
-    return _run(bundle, job) if job.prompts else iter(())
+    return run_job(bundle, prepare(bundle, prompts, options, streams))
 
 
-def _run(bundle: Bundle, job: Job) -> Iterator[Step]:
-    slots = Slots(bundle, job.prompts, job.prefix if job.guided else None, max(row.room for row in job.rows))
-    cond_LV, uncond_LV = slots.prefill()
-    lanes = {index: [lane] for lane, index in enumerate(job.open_rows())}
-    searches: dict[int, Search] = {}
-    position = 0
-    while True:
-        # each open row's next tokens, each with the lane that it goes on from
-        found: dict[int, list[tuple[int, int, Kind]]] = {}
-        plain = [index for index in lanes if not job.searches(index)]
-        at = [lanes[index][0] for index in plain]
-        chosen = choose(job, position, plain, cond_LV[at], None if uncond_LV is None else uncond_LV[at])
-        for index in lanes:
-            if index in chosen:
-                steps = job.take({index: chosen[index]}, position)
-                found[index] = [(lanes[index][0], steps[0].token, steps[0].kind)]
+def run_job(bundle: Bundle, job: Job) -> Iterator[Step]:
+    """The steps of a prepared call, which may be run once."""
+    return _Loop(bundle, job).run() if job.prompts else iter(())
+
+
+class _Loop:
+    """One call of ``generate``: its lanes, and where they stand."""
+
+    def __init__(self, bundle: Bundle, job: Job):
+        self.job, self.device = job, bundle.model.device
+        self.slots = Slots(bundle, job.prompts, max(row.room for row in job.rows), job.prefix, job.kept)
+        self.uniforms = job.uniforms().to(self.device)
+        self.vocabulary = bundle.vocabulary
+        self.masks: dict[tuple[bool, bool, bool], Tensor] = {}
+        self.searches: dict[int, Search] = {}
+        self.lanes = {index: [index] for index in range(len(job.rows))}
+        self.position = 0
+
+    def run(self) -> Iterator[Step]:
+        self.slots.prefill()
+        while self.lanes:
+            if codes := self._undisturbed():
+                yield from self._draw(codes)
             else:
-                search = searches.setdefault(index, Search.begin(job, index, position))
-                own = lanes[index]
-                beams = search.extend(cond_LV[own], None if uncond_LV is None else uncond_LV[own])
-                tokens = search.ids[:, -1].tolist()
-                found[index] = [(own[beam], token, Kind.CODE) for beam, token in zip(beams, tokens, strict=True)]
-                if steps := search.steps():
-                    del searches[index]
+                yield from self._step()
+
+    def _undisturbed(self) -> int:
+        """Codes that every open row draws before any of them does something else; 0 where one writes or searches."""
+        rows = [self.job.rows[index] for index in self.lanes]
+        if any(row.phase is not Phase.IMAGE for row in rows) or any(map(self.job.searches, self.lanes)):
+            return 0
+        if any(self.job.options[index].image_repetition_penalty != 1 for index in self.lanes):
+            return 0  # it wants to know the codes
+        return min(row.rules.vocabulary.codes_per_image - row.codes for row in rows)
+
+    def _draw(self, count: int) -> Iterator[Step]:
+        """So many codes of every open row, fed before they are read."""
+        indices, start = list(self.lanes), self.vocabulary.image_span.start
+        every, none = (torch.full((len(indices),), flag, device=self.device) for flag in (True, False))
+        fed, waiting = Fed(opens=none, code=every, closes=none), None
+        groups = self._groups(indices)
+        for _ in range(count):
+            tokens_L = self._codes(indices, groups) + start
+            self.slots.feed(tokens_L, fed)
+            read, waiting = waiting, (_reading(tokens_L), self.position)
+            self.position += 1
+            if read is not None:
+                yield from self._taken(indices, *read)
+        yield from self._taken(indices, *waiting)
+
+    def _taken(self, indices: list[int], read: Callable[[], list[int]], position: int) -> list[Step]:
+        return self.job.take(dict(zip(indices, read(), strict=True)), position)
+
+    def _step(self) -> Iterator[Step]:
+        """One token of every open row, whatever it does; finished rows leave."""
+        job, found = self.job, {}  # row -> its next tokens, each with the lane that it goes on from and its kind
+        chosen = self._choose([index for index in self.lanes if not job.searches(index)])
+        for index in self.lanes:
+            if index in chosen:
+                steps = job.take({index: chosen[index]}, self.position)
+                found[index] = [(self.lanes[index][0], steps[0].token, steps[0].kind)]
+            else:
+                found[index], steps = self._search(index)
+                job.replies[index] += [step.token for step in steps]
             yield from steps
         rows = job.open_rows()
+        self.position += 1
+        fed = [item for index in rows for item in found[index]]
+        owners = [index for index in rows for _ in found[index]]
+        self.lanes = {index: [lane for lane, owner in enumerate(owners) if owner == index] for index in rows}
         if not rows:
             return
-        fed = [item for index in rows for item in found[index]]
-        slots.select([lane for lane, _, _ in fed])
-        cond_LV, uncond_LV = slots.feed([(token, kind) for _, token, kind in fed])
-        owners = [index for index in rows for _ in found[index]]
-        lanes = {index: [lane for lane, owner in enumerate(owners) if owner == index] for index in rows}
-        position += 1
+        self.slots.select([lane for lane, _, _ in fed])
+        kinds = {
+            name: torch.tensor([kind is wanted for _, _, kind in fed], device=self.device)
+            for name, wanted in (("opens", Kind.BEGIN), ("code", Kind.CODE), ("closes", Kind.END))
+        }
+        self.slots.feed(torch.tensor([token for _, token, _ in fed], device=self.device), Fed(**kinds))
+
+    def _search(self, index: int) -> tuple[list[tuple[int, int, Kind]], list[Step]]:
+        search = self.searches.setdefault(index, Search.begin(self.job, index, self.position))
+        own = self.lanes[index]
+        beams = search.extend(self.slots.code_scores(own))
+        tokens = search.ids[:, -1].tolist()
+        if steps := search.steps():
+            del self.searches[index]
+        return [(own[beam], token, Kind.CODE) for beam, token in zip(beams, tokens, strict=True)], steps
+
+    def _choose(self, indices: Sequence[int]) -> dict[int, int]:
+        """The next token of rows with one lane each."""
+        phases = {index: self.job.rows[index].phase for index in indices}
+        chosen = {
+            index: self.vocabulary.controls["end_image"] for index, phase in phases.items() if phase is Phase.CLOSE
+        }
+        if drawing := [index for index, phase in phases.items() if phase is Phase.IMAGE]:
+            tokens = self._codes(drawing, self._groups(drawing)) + self.vocabulary.image_span.start
+            chosen |= dict(zip(drawing, tokens.tolist(), strict=True))
+        if writing := [index for index, phase in phases.items() if phase is Phase.TEXT]:
+            chosen |= dict(zip(writing, self._text(writing).tolist(), strict=True))
+        return chosen
+
+    def _groups(self, indices: Sequence[int]) -> list[tuple[SamplingOptions, list[int]]]:
+        """Which of some rows are sampled alike: the options, and places in ``indices``."""
+        groups: dict[SamplingOptions, list[int]] = {}
+        for place, index in enumerate(indices):
+            groups.setdefault(self.job.options[index], []).append(place)
+        return list(groups.items())
+
+    def _codes(self, indices: Sequence[int], groups: list[tuple[SamplingOptions, list[int]]]) -> Tensor:
+        """int64 [N]: the numbers of the next codes."""
+        scores = self.slots.code_scores([self.lanes[index][0] for index in indices])
+        used_NK = self.job.used_codes(indices, self.device)
+        draws_N = self.uniforms[list(indices), self.position]
+        if len(groups) == 1:
+            return choose_codes(groups[0][0], scores, draws_N, used_NK)
+        codes = torch.empty(len(indices), dtype=torch.int64, device=self.device)
+        for options, at in groups:
+            own = Scores(*(None if part is None else part[at] for part in (scores.full, scores.nothing, scores.images)))
+            codes[at] = choose_codes(options, own, draws_N[at], None if used_NK is None else used_NK[at])
+        return codes
+
+    def _text(self, indices: Sequence[int]) -> Tensor:
+        """int64 [N]: the next ids of rows that write."""
+        logits_NV = self.slots.text_scores([self.lanes[index][0] for index in indices])
+        size = logits_NV.shape[-1]
+        legal_NV = torch.stack([self._legal(self.job.rows[index], size) for index in indices])
+        used_NV = self.job.used_text(indices, size, self.device)
+        draws_N = self.uniforms[list(indices), self.position]
+        tokens = torch.empty(len(indices), dtype=torch.int64, device=self.device)
+        for options, at in self._groups(indices):
+            own = None if used_NV is None else used_NV[at]
+            tokens[at] = choose_text(options, logits_NV[at], legal_NV[at], draws_N[at], own)
+        return tokens
+
+    def _legal(self, row: Row, size: int) -> Tensor:
+        """What a row may write, on the device, with the rows of the table beyond the vocabulary."""
+        allowed = row.allowed()
+        if allowed not in self.masks:
+            mask = row.rules.between(*allowed)
+            self.masks[allowed] = torch.nn.functional.pad(mask, (0, size - len(mask)), value=False).to(self.device)
+        return self.masks[allowed]
+
+
+def _reading(tokens_L: Tensor) -> Callable[[], list[int]]:
+    """Starts a copy to the host; what it returns waits for the copy and not for work that was queued since."""
+    if tokens_L.device.type != "cuda":
+        return tokens_L.tolist
+    host = torch.empty(tokens_L.shape, dtype=tokens_L.dtype, pin_memory=True)
+    host.copy_(tokens_L, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def read() -> list[int]:
+        done.synchronize()
+        return host.tolist()
+
+    return read

@@ -106,6 +106,11 @@ class Rules:
         return bool(images and self.vocabulary.codes_per_image and len(names) == 2)
 
     @property
+    def may_draw(self) -> bool:
+        """Whether a reply may hold an image at all."""
+        return self.can_draw and self.mode != "text" and self.max_images > 0
+
+    @property
     def needed_images(self) -> int:
         return max(1, self.min_images) if self.mode == "image" else self.min_images
 
@@ -180,20 +185,24 @@ class Row:
     def owed(self) -> int:
         return max(0, self.rules.needed_images - self.images)
 
+    def allowed(self) -> tuple[bool, bool, bool]:
+        """Outside an image: whether text, an image's opening and the end may come next."""
+        rules = self.rules
+        after = self.owed * rules.image_tokens + 1 if self.owed else 0  # room that the owed images keep
+        text = rules.mode != "image" and self.room - 1 >= after
+        begin = rules.may_draw and self.images < rules.max_images
+        begin = begin and self.room >= max(self.owed, 1) * rules.image_tokens + 1
+        return text, begin, not self.owed
+
     def legal(self) -> Tensor:
         """bool [V]: the ids that may come next; never empty before the end."""
-        rules = self.rules
         match self.phase:
             case Phase.IMAGE:
-                return rules.codes
+                return self.rules.codes
             case Phase.CLOSE:
-                return rules.closing
+                return self.rules.closing
             case Phase.TEXT:
-                after = self.owed * rules.image_tokens + 1 if self.owed else 0  # room that the owed images keep
-                text = rules.mode != "image" and self.room - 1 >= after
-                begin = rules.can_draw and rules.mode != "text" and self.images < rules.max_images
-                begin &= self.room >= max(self.owed, 1) * rules.image_tokens + 1
-                return rules.between(text, begin, eos=not self.owed)
+                return self.rules.between(*self.allowed())
         raise AssertionError("a finished reply has no next token")
 
     def advance(self, token: int) -> Kind:

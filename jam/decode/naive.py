@@ -1,9 +1,10 @@
 """The decoder as one would first write it: the oracle of ``jam.decode.engine``.
 
-One row at a time, a full forward of everything at each step, no cache, no padding, no mask; the unconditional stream
-of an image is a sequence of its own, ``<s><mask><break>`` and the codes so far. Heads come from the ids
-(``jam.models.heads.next_heads``), not from the grammar's state. What it shares with the engine is the choice of a token
-from given logits. Far too slow for use: a reply of n tokens costs n forwards of up to n tokens.
+One row at a time, a full forward of everything at each step, no cache, no padding, no mask; the streams of guidance are
+sequences of their own: ``<s><mask><break>`` and the codes so far, or ``<s><mask>``, every image before and these. Heads
+come from the ids (``jam.models.heads.next_heads``), not from the grammar's state, and scores from whole logits. What it
+shares with the engine is the choice of a token from given scores. Far too slow for use: a reply of n tokens costs n
+forwards of up to n tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from jam.decode.engine import Job, SamplingOptions, Search, choose, default_options, prepare
+from jam.decode import sampling
+from jam.decode.choose import Scores, choose_codes, choose_text
+from jam.decode.engine import Job, Options, Search, prepare
 from jam.decode.grammar import Phase, Step
 from jam.document import Document
 from jam.models.heads import next_heads
@@ -19,55 +22,77 @@ from jam.models.load import Bundle
 
 
 def generate_naive(
-    bundle: Bundle,
-    prompts: Sequence[Document],
-    options: SamplingOptions | None = None,
-    streams: Sequence[int] | None = None,
+    bundle: Bundle, prompts: Sequence[Document], options: Options = None, streams: Sequence[int] | None = None
 ) -> Iterator[Step]:
     """Same arguments, steps and errors as ``jam.decode.engine.generate``; the rows come one after the other."""
-    job = prepare(bundle, prompts, options or default_options(bundle), streams)
-    return (step for index in range(len(job.prompts)) for step in _run_row(bundle, job, index))
+    job = prepare(bundle, prompts, options, streams)
+    return (step for index in range(len(job.prompts)) for step in _Row(bundle, job, index).run())
 
 
-def _run_row(bundle: Bundle, job: Job, index: int) -> Iterator[Step]:
-    row, begin = job.rows[index], bundle.vocabulary.controls.get("begin_image")
-    ids = list(job.prompts[index])
-    position = 0
-    while row.phase is not Phase.DONE:
-        if job.searches(index):
-            steps = _search(bundle, job, index, ids, position)
+class _Row:
+    """One reply."""
+
+    def __init__(self, bundle: Bundle, job: Job, index: int):
+        self.bundle, self.job, self.index = bundle, job, index
+        self.row, self.options, self.controls = job.rows[index], job.options[index], bundle.vocabulary.controls
+        self.images: list[int] = []  # whole images of the reply, between their controls
+
+    def run(self) -> Iterator[Step]:
+        position = 0
+        while self.row.phase is not Phase.DONE:
+            if self.job.searches(self.index):
+                steps = self._search(position)
+                self.job.replies[self.index] += [step.token for step in steps]
+            else:
+                steps = self.job.take({self.index: self._next(position)}, position)
             yield from steps
-            ids += [step.token for step in steps]
             position += len(steps)
-            continue
-        cond = _last_logits(bundle, ids)
-        uncond = None
-        if job.guided and row.phase is Phase.IMAGE:
-            codes = ids[len(ids) - row.codes :]
-            uncond = _last_logits(bundle, [*job.prefix, begin, *codes])
-        (step,) = job.take(choose(job, position, [index], cond, uncond), position)
-        yield step
-        ids.append(step.token)
-        position += 1
 
+    def _next(self, position: int) -> int:
+        job, index, device = self.job, self.index, torch.device("cpu")
+        draw = torch.tensor([sampling.uniform(self.options.seed, job.streams[index], position)])
+        match self.row.phase:
+            case Phase.IMAGE:
+                scores = self._codes([self._image()])
+                start = self.bundle.vocabulary.image_span.start
+                return int(choose_codes(self.options, scores, draw, job.used_codes([index], device))) + start
+            case Phase.CLOSE:
+                self.images += [self.controls["begin_image"], *self._image(), self.controls["end_image"]]
+                return self.controls["end_image"]
+        logits = self._last([*job.prompts[index], *job.replies[index]])
+        legal = self.row.legal()[None]
+        return int(choose_text(self.options, logits, legal, draw, job.used_text([index], logits.shape[-1], device)))
 
-def _search(bundle: Bundle, job: Job, index: int, ids: list[int], position: int) -> list[Step]:
-    """The codes of an image that beams search for, every beam from its beginning at every step."""
-    search, begin = Search.begin(job, index, position), bundle.vocabulary.controls["begin_image"]
-    while job.searches(index):
-        beams = search.ids.tolist()
-        cond = torch.cat([_last_logits(bundle, [*ids, *codes]) for codes in beams])
-        uncond = None
-        if job.guided:
-            uncond = torch.cat([_last_logits(bundle, [*job.prefix, begin, *codes]) for codes in beams])
-        search.extend(cond, uncond)
-    return search.steps()
+    def _image(self) -> list[int]:
+        """The codes of the image at hand."""
+        reply = self.job.replies[self.index]
+        return reply[len(reply) - self.row.codes :]
 
+    def _search(self, position: int) -> list[Step]:
+        """The codes of an image that beams search for, every beam from its beginning at every step."""
+        search = Search.begin(self.job, self.index, position)
+        while self.job.searches(self.index):
+            search.extend(self._codes(search.ids.tolist(), given=True))
+        return search.steps()
 
-@torch.inference_mode()
-def _last_logits(bundle: Bundle, ids: list[int]) -> Tensor:
-    """Logits [1, V] after a sequence."""
-    ids_1T = torch.tensor([ids], device=bundle.model.device)
-    positions_1T = torch.arange(len(ids), device=bundle.model.device)[None]
-    heads_1T = next_heads(ids_1T, bundle.vocabulary)
-    return bundle.logits(ids_1T, heads_1T, position_ids=positions_1T)[0][:, -1]
+    def _codes(self, images: list[list[int]], given: bool = False) -> Scores:
+        """Scores after images that have begun, in every stream. ``given``: the reply does not hold their codes yet."""
+        job, index, begin = self.job, self.index, self.controls["begin_image"]
+        before = [*job.prompts[index], *job.replies[index]]
+        before = before if given else before[: len(before) - self.row.codes]
+        starts = [before]
+        if job.prefix is not None:
+            starts.append([*job.prefix, begin])
+        if job.kept is not None:
+            starts.append([*job.kept[index], *self.images, begin])
+        span = self.bundle.vocabulary.image_span
+        whole = [torch.cat([self._last([*start, *codes]) for codes in images]) for start in starts]
+        return Scores(*(logits[:, span.start : span.stop] for logits in whole))
+
+    @torch.inference_mode()
+    def _last(self, ids: list[int]) -> Tensor:
+        """Logits [1, V] after a sequence."""
+        ids_1T = torch.tensor([ids], device=self.bundle.model.device)
+        positions_1T = torch.arange(len(ids), device=self.bundle.model.device)[None]
+        heads_1T = next_heads(ids_1T, self.bundle.vocabulary)
+        return self.bundle.logits(ids_1T, heads_1T, position_ids=positions_1T)[0][:, -1]

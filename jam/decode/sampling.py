@@ -2,11 +2,11 @@
 
 The order in which the decoder applies them, and why:
 
-1. ``cfg`` or ``cd_k`` blends two streams. Blending comes first because it subtracts: a masked ``-inf`` minus ``-inf``
-   is not a number.
+1. ``cfg``, ``cfg3`` or ``cd_k`` blends streams. Blending comes first because it subtracts: a masked ``-inf`` minus
+   ``-inf`` is not a number.
 2. ``restrict`` leaves what the grammar allows.
-3. ``temperature``, then ``top_k``, then ``top_p`` shape what is left.
-4. ``sample`` inverts the distribution function at given uniforms; ``uniform`` makes those from (seed, row, position)
+3. ``repetition_penalty``, ``temperature``, ``top_k``, then ``top_p`` shape what is left.
+4. ``sample`` inverts the distribution function at given uniforms; ``uniforms`` makes those from (seed, row, position)
    alone, so that a row's tokens do not depend on its neighbours in the batch.
 
 Removed ids get ``-inf``. There is no state here and no draw from a global generator.
@@ -104,6 +104,44 @@ def cfg(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     return cond if scale == 1 else uncond + scale * (cond - uncond)
 
 
+def cfg3(full: Tensor, images: Tensor, nothing: Tensor, text_scale: float, image_scale: float) -> Tensor:
+    """Guidance by text and by images apart: ``nothing + s_i (images - nothing) + s_t (full - images)``.
+
+    InstructPix2Pix, arXiv 2211.09800, section 3.2.1; CM3Leon edits with s_i 1.5 and s_t 7.5 (arXiv 2309.02591).
+
+    Scales 1 and 1 are the full stream up to rounding, 0 and 1 the one that saw the images alone.
+
+    >>> full, images, nothing = torch.tensor([3.0]), torch.tensor([2.0]), torch.tensor([1.0])
+    >>> cfg3(full, images, nothing, 7.5, 1.5)
+    tensor([10.])
+
+    Raises:
+        GenerationError: a negative or non-finite scale.
+    """
+    for name, scale in (("guidance_scale", text_scale), ("image_guidance_scale", image_scale)):
+        _require(math.isfinite(scale) and scale >= 0, name, scale, "a finite number of at least 0", "1 is off")
+    return nothing + image_scale * (images - nothing) + text_scale * (full - images)
+
+
+def repetition_penalty(logits: Tensor, used: Tensor, penalty: float) -> Tensor:
+    """Logits of ids that were used divided by ``penalty`` where positive, times it where negative (CTRL, arXiv
+    1909.05858, as transformers applies it).
+
+    >>> repetition_penalty(torch.tensor([2.0, -2.0, 1.0]), torch.tensor([True, True, False]), 2.0)
+    tensor([ 1., -4.,  1.])
+
+    Args:
+        used: bool, the shape of ``logits``.
+
+    Raises:
+        GenerationError: a penalty that is not a positive finite number.
+    """
+    _require(0 < penalty < math.inf, "repetition_penalty", penalty, "a positive number", "1 is off")
+    if penalty == 1:
+        return logits
+    return torch.where(used, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
 def cd_k(p_exp: Tensor, p_ama: Tensor, alpha: float, k: int) -> Tensor:
     """Contrastive decoding with a k-th-best threshold, CD-K (CM3Leon, arXiv 2309.02591, section 3.1).
 
@@ -170,6 +208,17 @@ def uniform(seed: int, row: int, position: int) -> float:
     key = np.array([seed, row], dtype=np.uint64)
     counter = np.array([position, 0, 0, 0], dtype=np.uint64)
     return float(np.random.Generator(np.random.Philox(key=key, counter=counter)).random())
+
+
+def uniforms(seed: int, row: int, count: int) -> np.ndarray:
+    """``uniform`` at positions 0 to ``count`` - 1: float64 [count]. Of a block's four words the first is used.
+
+    >>> bool(uniforms(3, 1, 4)[2] == uniform(3, 1, 2))
+    True
+    """
+    _require(0 <= seed <= MAX_SEED, "seed", seed, f"from 0 to {MAX_SEED}", "choose another")
+    key = np.array([seed, row], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).random(4 * count)[::4].copy()
 
 
 def sample(logits: Tensor, uniforms: Tensor) -> Tensor:

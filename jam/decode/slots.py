@@ -8,28 +8,42 @@ and its positions go on from the prefix, so an image costs no second prefill:
 
     slot        0      1      2       3     4     5        6      7      8
     reply       <s>    a      cat     is    red   <break>  c      c      <break>
-    guidance    .      <s>    <mask>  .     .     <break>  c      c      .
+    nothing     .      <s>    <mask>  .     .     <break>  c      c      .
     position           0      1                   2        3      4
 
+A third row, which drops the text and keeps the images, begins with the prefix and the prompt's images, takes every
+image of the reply with its closing control, and goes on counting: nothing of it is hidden again.
+
 Masks are explicit, 4D, over slots, and so are positions: learned positions would otherwise count the gaps.
-Nothing here samples or knows the grammar.
+Nothing here samples or knows the grammar. What a step does it does on the device; nothing is read back.
 
 A reply has one lane, or several while its image is searched for with beams: ``select`` copies, reorders and drops
 lanes.
 
-Shapes: L lanes of the replies still open, B batch rows (L, or 2L with guidance, the replies' lanes first), P prompt
-slots, S slots, V vocabulary.
+Shapes: L lanes of the replies still open, B batch rows (a multiple of L: the streams one under another, the replies'
+lanes first), P prompt slots, S slots, K codes, V vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from jam.decode.grammar import Kind
-from jam.models.heads import next_heads
+from jam.decode.cache import SlotCache
+from jam.decode.choose import Scores
 from jam.models.load import Bundle
-from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD
+
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Fed:
+    """What the tokens of a step are, bool [L] each: one that opens an image, a code, one that closes an image."""
+
+    opens: Tensor
+    code: Tensor
+    closes: Tensor
 
 
 class Slots:
@@ -37,83 +51,127 @@ class Slots:
 
     Args:
         prompts: ids of each.
-        prefix: the unconditional prefix of guidance rows; None runs none.
         room: tokens of the longest reply possible.
+        prefix: the unconditional prefix of guidance rows; None runs none.
+        images: what each prompt's third stream begins with; None runs none.
     """
 
-    def __init__(self, bundle: Bundle, prompts: Sequence[Sequence[int]], prefix: Sequence[int] | None, room: int):
-        self.bundle, self.prefix = bundle, prefix
-        self.device = bundle.model.device
-        self.lanes = len(prompts)
-        self.starts = [*prompts, *([] if prefix is None else [prefix] * len(prompts))]
-        self.width = max(len(ids) for ids in self.starts)
+    def __init__(
+        self,
+        bundle: Bundle,
+        prompts: Sequence[Ids],
+        room: int,
+        prefix: Ids | None = None,
+        images: Sequence[Ids] | None = None,
+    ):
+        self.readout, self.device = bundle.readout(), bundle.model.device
         self.pad = bundle.vocabulary.controls.get("pad", bundle.vocabulary.controls["eos"])
-        self.seen_BS = torch.zeros(len(self.starts), self.width + room, dtype=torch.bool)
-        self.next_B = torch.tensor([len(ids) for ids in self.starts])
-        for row, ids in enumerate(self.starts):
+        self.lanes = len(prompts)
+        self.streams = [list(prompts)]
+        if prefix is not None:
+            self.streams.append([prefix] * self.lanes)
+        if images is not None:
+            self.streams.append(list(images))
+        self.width = max(len(ids) for stream in self.streams for ids in stream)
+        self.room = room
+        self.prefix = 0 if prefix is None else len(prefix)
+
+    @torch.inference_mode()
+    def prefill(self) -> None:
+        """Runs every prompt that is there, equal ones once; the scores after them are ready then."""
+        groups = [list(dict.fromkeys(map(tuple, stream))) for stream in self.streams]
+        self.cache = SlotCache(sum(map(len, groups)), self.width)
+        first, states, places = 0, (), []
+        for stream, group in zip(self.streams, groups, strict=True):
+            last = self._start(group, first)
+            places += [first + group.index(tuple(ids)) for ids in stream]
+            states = last if first == 0 else states
+            first += len(group)
+        self.cache.take(torch.tensor(places), self.width + self.room)
+        batch = len(places)
+        starts = [ids for stream in self.streams for ids in stream]
+        self.seen_BS = torch.zeros(batch, self.cache.slots, dtype=torch.bool, device=self.device)
+        for row, ids in enumerate(starts):
             self.seen_BS[row, self.width - len(ids) : self.width] = True
+        self.next_B = torch.tensor([len(ids) for ids in starts], device=self.device)
         self.filled = self.width
-        self.cache = None
+        rows = torch.tensor(places[: self.lanes], device=self.device)
+        self.states = tuple(part[rows] for part in states)
 
-    def prefill(self) -> tuple[Tensor, Tensor | None]:
-        """Logits after the prompts: [L, V] of the lanes, one a prompt, [L, V] of their guidance rows or None."""
-        ids_BP = torch.full((len(self.starts), self.width), self.pad)
-        positions_BP = torch.zeros_like(ids_BP)
-        for row, ids in enumerate(self.starts):
-            ids_BP[row, self.width - len(ids) :] = torch.tensor(ids)
-            positions_BP[row, self.width - len(ids) :] = torch.arange(len(ids))
+    def _start(self, group: Sequence[Ids], first: int) -> tuple[Tensor, ...]:
+        """The last states of prompts that go into rows ``first``, ... of the cache."""
+        width, count = max(len(ids) for ids in group), len(group)
+        ids_NT = torch.full((count, width), self.pad)
+        positions_NT = torch.zeros_like(ids_NT)
+        real_NT = torch.zeros(count, width, dtype=torch.bool)
+        for row, ids in enumerate(group):
+            ids_NT[row, width - len(ids) :] = torch.tensor(ids)
+            positions_NT[row, width - len(ids) :] = torch.arange(len(ids))
+            real_NT[row, width - len(ids) :] = True
         # a padded slot sees itself, or its attention would be a softmax over nothing
-        causal_PP = torch.ones(self.width, self.width, dtype=torch.bool).tril()
-        mask_BPP = self.seen_BS[:, None, : self.width] & causal_PP | torch.eye(self.width, dtype=torch.bool)
-        heads_BP = next_heads(ids_BP, self.bundle.vocabulary)
-        return self._forward(ids_BP, heads_BP, mask_BPP, positions_BP)
+        causal_TT = torch.ones(width, width, dtype=torch.bool).tril()
+        mask_NTT = real_NT[:, None] & causal_TT | torch.eye(width, dtype=torch.bool)
+        start = self.width - width
+        self.cache.at(start, self.width, slice(first, first + count), start)
+        return self._forward(ids_NT.to(self.device), mask_NTT.to(self.device), positions_NT.to(self.device))
 
-    def feed(self, tokens: Sequence[tuple[int, Kind]]) -> tuple[Tensor, Tensor | None]:
-        """Puts one token a lane into the next slot; logits as ``prefill``."""
-        batch, slot = len(self.seen_BS), self.filled
-        ids_B = torch.full((batch,), self.pad)
-        positions_B = torch.zeros(batch, dtype=torch.int64)
-        heads_B = torch.full((batch,), TEXT_HEAD)
-        for lane, (token, kind) in enumerate(tokens):
-            live = [lane]
-            drawing = kind in (Kind.BEGIN, Kind.CODE)
-            if self.prefix is not None and drawing:
-                guidance = self.lanes + lane
-                live.append(guidance)
-                if kind is Kind.BEGIN:  # back to the prefix: earlier images and the text between stay hidden
-                    self.seen_BS[guidance] = False
-                    self.seen_BS[guidance, self.width - len(self.prefix) : self.width] = True
-                    self.next_B[guidance] = len(self.prefix)
-            ids_B[live], positions_B[live] = token, self.next_B[live]
-            heads_B[live] = IMAGE_HEAD if drawing else TEXT_HEAD
-            self.next_B[live] += 1
-            self.seen_BS[live, slot] = True
+    @torch.inference_mode()
+    def feed(self, tokens_L: Tensor, fed: Fed) -> None:
+        """Puts one token a lane into the next slot; the scores after them are ready then."""
+        slot, lanes = self.filled, self.lanes
+        ids, live = [tokens_L], [torch.ones_like(fed.code)]
+        if len(self.streams) > 1:
+            nothing = slice(lanes, 2 * lanes)
+            prefix_S = torch.zeros_like(self.seen_BS[0])
+            prefix_S[self.width - self.prefix : self.width] = True
+            # back to the prefix: earlier images and the text between stay hidden
+            self.seen_BS[nothing] = torch.where(fed.opens[:, None], prefix_S, self.seen_BS[nothing])
+            self.next_B[nothing] = torch.where(fed.opens, self.prefix, self.next_B[nothing])
+            live.append(fed.opens | fed.code)
+        if len(self.streams) > 2:
+            live.append(fed.opens | fed.code | fed.closes)
+        ids += [torch.where(part, tokens_L, self.pad) for part in live[1:]]
+        live_B = torch.cat(live)
+        positions_B = torch.where(live_B, self.next_B, 0)
+        self.next_B += live_B
+        self.seen_BS[:, slot] = live_B
         self.filled += 1
-        mask_B1S = self.seen_BS[:, None, : self.filled].clone()
-        mask_B1S[:, :, slot] = True  # rows that wait see their padding now and hide it later
-        return self._forward(ids_B[:, None], heads_B[:, None], mask_B1S, positions_B[:, None])
+        mask_BS = self.seen_BS[:, : self.filled].clone()
+        mask_BS[:, slot] = True  # rows that wait see their padding now and hide it later
+        self.cache.at(slot, self.filled)
+        self.states = self._forward(torch.cat(ids)[:, None], mask_BS[:, None], positions_B[:, None])
 
+    @torch.inference_mode()
+    def code_scores(self, lanes: Sequence[int]) -> Scores:
+        """Raw scores of the codes in some lanes, stream by stream, as far as they run."""
+        every = list(lanes) == list(range(self.lanes))
+        found = []
+        for stream in range(len(self.streams)):
+            first = stream * self.lanes
+            rows = slice(first, first + self.lanes) if every else [first + lane for lane in lanes]
+            found.append(self.readout.codes(tuple(part[rows] for part in self.states)))
+        return Scores(*found)
+
+    @torch.inference_mode()
+    def text_scores(self, lanes: Sequence[int]) -> Tensor:
+        """Raw scores [N, V] of the text head in some lanes."""
+        rows = list(lanes)
+        return self.readout.text(tuple(part[rows] for part in self.states))
+
+    @torch.inference_mode()
     def select(self, lanes: Sequence[int]) -> None:
-        """The lanes from now on, each as a copy of a lane up to now, guidance row included. Replies that are done are
+        """The lanes from now on, each as a copy of a lane up to now, guidance rows included. Replies that are done are
         left out, so that a long reply does not pay for short ones."""
         if list(lanes) == list(range(self.lanes)):
             return
-        rows = [*lanes, *([] if self.prefix is None else (self.lanes + lane for lane in lanes))]
+        rows = torch.tensor(
+            [stream * self.lanes + lane for stream in range(len(self.streams)) for lane in lanes], device=self.device
+        )
         self.lanes = len(lanes)
         self.seen_BS, self.next_B = self.seen_BS[rows], self.next_B[rows]
-        self.cache.batch_select_indices(torch.tensor(rows, device=self.device))
+        self.cache.take(rows)
 
-    @torch.inference_mode()
-    def _forward(
-        self, ids_BT: Tensor, heads_BT: Tensor, mask_BTS: Tensor, positions_BT: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        logits_BTV, self.cache = self.bundle.logits(
-            ids_BT.to(self.device),
-            heads_BT.to(self.device),
-            attention_mask=mask_BTS[:, None].to(self.device),
-            position_ids=positions_BT.to(self.device),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        logits_BV = logits_BTV[:, -1]
-        return logits_BV[: self.lanes], None if self.prefix is None else logits_BV[self.lanes :]
+    def _forward(self, ids_BT: Tensor, mask_BTS: Tensor, positions_BT: Tensor) -> tuple[Tensor, ...]:
+        """The states after the last token, [B, ...] each."""
+        states = self.readout.states(ids_BT, mask_BTS[:, None], positions_BT, self.cache)
+        return tuple(part[:, -1] for part in states)

@@ -12,8 +12,9 @@ from typing import Literal
 import numpy as np
 from PIL.Image import Image
 
-from jam.decode.engine import SamplingOptions, generate
+from jam.decode.engine import generate
 from jam.decode.grammar import Kind, Step, StopReason
+from jam.decode.options import SamplingOptions
 from jam.document import CodesPart, Document, Part, Role, TextPart
 from jam.models.load import Bundle
 from jam.tokens.text import TextStream

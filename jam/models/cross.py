@@ -212,14 +212,15 @@ class JamCrossForCausalLM(PreTrainedModel, GenerationMixin):
 
         return mask
 
-    def head(self, kind: int, text_ND: Tensor, image_NE: Tensor) -> Tensor:
+    def head(self, kind: int, text_ND: Tensor, image_NE: Tensor, slices: list[slice] | None = None) -> Tensor:
         """Logits [N, K] of one head over its own ids only, in the order of ``owned_slices(vocabulary, kind)``.
 
         Args:
             kind: TEXT_HEAD or IMAGE_HEAD.
             text_ND, image_NE: the final states of the same rows.
+            slices: fewer of its ids.
         """
-        slices = owned_slices(self.vocabulary, kind)
+        slices = owned_slices(self.vocabulary, kind) if slices is None else slices
         if self.config.tables == "shared":
             z_ND = self.shared.project(torch.cat([text_ND, image_NE], -1))
             return span_scores(z_ND, self.shared.embed.weight, slices)

@@ -30,6 +30,7 @@ from jam.models import cross  # also registers jam_cross with transformers' Auto
 from jam.models.families import FAMILIES
 from jam.models.heads import allowed_ids, restrict
 from jam.models.masks import cache_for, default_positions, masks_for
+from jam.models.readout import Readout, readout
 from jam.models.tower import network_class
 from jam.tokens.image import ImageTokenizer
 from jam.tokens.text import TextTokenizer
@@ -67,6 +68,10 @@ class Bundle:
     def max_positions(self) -> int:
         """The longest sequence that the model has positions for."""
         return self.model.config.max_position_embeddings
+
+    def readout(self) -> Readout:
+        """The network in two parts, states and scores, for a decoder."""
+        return readout(self.model, self.vocabulary)
 
     def logits(
         self,

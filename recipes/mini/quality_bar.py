@@ -31,7 +31,8 @@ from PIL import Image, ImageDraw
 
 from finetune import mini_data
 from finetune.sources import mini_codes
-from jam.decode.engine import SamplingOptions, default_options, generate
+from jam.decode.engine import generate
+from jam.decode.options import SamplingOptions, default_options
 from jam.decode.stream import ReplyStream
 from jam.document import CodesPart, Document, TextPart
 from jam.models.load import Bundle, load_bundle

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from jam.assets import CHAT, MINI, SHIPPED
-from jam.decode.engine import SamplingOptions
+from jam.decode.options import SamplingOptions
 from jam.difference import write_difference
 from jam.recipe import dump_recipe, load_recipe
 from merge.recipe import MergeRecipe

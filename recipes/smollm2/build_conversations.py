@@ -23,7 +23,7 @@ import torch
 
 from finetune import mini_data
 from jam.assets import DATA
-from jam.decode.engine import SamplingOptions
+from jam.decode.options import SamplingOptions
 from jam.decode.stream import replies
 from jam.document import Document, TextPart
 from jam.fetch import fetch

@@ -15,7 +15,8 @@ from PIL.Image import Image
 
 from finetune import mini_data
 from jam.assets import DATA
-from jam.decode.engine import default_options, encode_images
+from jam.decode.engine import encode_images
+from jam.decode.options import default_options
 from jam.decode.stream import Reply, replies
 from jam.document import Document, Part, TextPart, from_messages
 from jam.models.load import Bundle, load_bundle

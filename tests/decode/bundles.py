@@ -14,9 +14,21 @@ from transformers import Cache
 from jam.models.cross import JamCrossForCausalLM
 from jam.models.cross_config import JamCrossConfig
 from jam.models.load import Bundle, load_bundle
+from jam.models.readout import Readout, States
+from jam.tokens.vocabulary import Vocabulary
 from tests.tiny import randomize, tiny_pair, tiny_vocabulary
 
 EAGERNESS = {"eos": 3.0, "begin_image": 5.0}
+
+
+class EagerReadout:
+    """A readout whose text head likes the controls ``eos`` and ``begin_image``."""
+
+    def __init__(self, own: Readout, vocabulary: Vocabulary):
+        self.own, self.states, self.codes, self.vocabulary = own, own.states, own.codes, vocabulary
+
+    def text(self, states: States) -> Tensor:
+        return _eager(self.own.text(states), self.vocabulary)
 
 
 class EagerBundle(Bundle):
@@ -24,9 +36,16 @@ class EagerBundle(Bundle):
 
     def logits(self, *args, **kwargs) -> tuple[Tensor, Cache | None]:
         logits_BTV, cache = super().logits(*args, **kwargs)
-        for name, bonus in EAGERNESS.items():
-            logits_BTV[..., self.vocabulary.controls[name]] += bonus
-        return logits_BTV, cache
+        return _eager(logits_BTV, self.vocabulary), cache
+
+    def readout(self) -> Readout:
+        return EagerReadout(super().readout(), self.vocabulary)
+
+
+def _eager(logits: Tensor, vocabulary: Vocabulary) -> Tensor:
+    for name, bonus in EAGERNESS.items():
+        logits[..., vocabulary.controls[name]] += bonus
+    return logits
 
 
 def eager(bundle: Bundle) -> EagerBundle:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from jam.decode.engine import SamplingOptions, generate
+from jam.decode.engine import generate
 from jam.decode.grammar import Kind, Step
+from jam.decode.options import SamplingOptions
 from jam.decode.stream import ImageDone, ImageStart, ReplyStream, Stop, TextDelta, events, replies
 from jam.document import CodesPart, Document, TextPart
 from jam.models.load import Bundle

@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from jam.decode.engine import SamplingOptions, Step, generate
-from jam.decode.grammar import Kind
+from jam.decode.engine import generate
+from jam.decode.grammar import Kind, Step
 from jam.decode.naive import generate_naive
+from jam.decode.options import SamplingOptions
+from jam.decode.slots import Slots
 from jam.document import CodesPart, Document, TextPart
+from jam.errors import GenerationError
+from jam.models.families import FAMILIES
 from jam.models.heads import next_heads
 from jam.models.load import Bundle
 from jam.tokens.render import render
@@ -46,6 +50,15 @@ def run(bundle: Bundle, prompts: list[Document] = PROMPTS, streams: list[int] | 
     return list(generate(bundle, prompts, replace(LIVELY, **changes), streams))
 
 
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"opt", "llama"}))
+def test_every_family_is_naive(tmp_path: Path, family: str) -> None:
+    """Windows, rotary positions by layer, capped heads, fused projections: as with the two above."""
+    family_bundle = plain_bundle(tmp_path, family=family)
+    options = replace(LIVELY, min_images=2)
+    fast = rows(list(generate(family_bundle, PROMPTS, options)))
+    assert fast == rows(list(generate_naive(family_bundle, PROMPTS, options)))
+
+
 @pytest.mark.parametrize(("seed", "scale"), [(0, 1.0), (0, 3.0), (1, 3.0), (2, 3.0)])
 def test_cached_batched_guided_is_naive(bundle: Bundle, seed: int, scale: float) -> None:
     options = replace(LIVELY, seed=seed, guidance_scale=scale)
@@ -55,6 +68,39 @@ def test_cached_batched_guided_is_naive(bundle: Bundle, seed: int, scale: float)
     )
     assert fast == slow
     assert set(fast) == {0, 1, 2}
+
+
+SETTINGS = {
+    "text and images apart": {"image_guidance_scale": 1.5, "guidance_scale": 4.0},
+    "contrastive": {"guidance": "cd_k", "cd_alpha": 0.3, "cd_k": 1},
+    "contrastive with a k-th": {"guidance": "cd_k", "cd_alpha": 0.5, "cd_k": 4, "image_top_p": 1.0},
+    "repetition": {"text_repetition_penalty": 3.0, "image_repetition_penalty": 2.0},
+    "few": {"text_top_k": 3, "image_top_k": 2},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_is_naive(bundle: Bundle, name: str) -> None:
+    """Three images a reply, so that a third stream has earlier ones to keep; each setting moves tokens."""
+    shared = {"min_images": 3, "max_images": 3, "seed": 5}
+    fast = rows(run(bundle, **shared, **SETTINGS[name]))
+    assert fast == rows(list(generate_naive(bundle, PROMPTS, replace(LIVELY, **shared, **SETTINGS[name]))))
+    assert fast != rows(run(bundle, **shared))
+
+
+def test_rows_of_a_batch_may_be_asked_differently(bundle: Bundle) -> None:
+    """Other modes, guidance, temperatures and lengths beside each other change nothing in a row."""
+    each = [
+        replace(LIVELY, guidance_scale=1.0, max_tokens=23),
+        replace(LIVELY, guidance="cd_k", mode="image", max_images=2),
+        replace(LIVELY, image_guidance_scale=2.0, image_top_k=5, text_temperature=0.3),
+    ]
+    together = rows(list(generate(bundle, PROMPTS, each)))
+    for row, (prompt, options) in enumerate(zip(PROMPTS, each, strict=True)):
+        alone = list(generate(bundle, [prompt], options, [row]))
+        assert [replace(step, row=row) for step in alone] == together[row]
+    with pytest.raises(GenerationError, match="3 prompts and 2 options"):
+        generate(bundle, PROMPTS, each[:2])
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -123,13 +169,13 @@ def test_left_padding_does_not_move_tokens(bundle: Bundle) -> None:
 def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """[rows, tokens] of every forward."""
     seen: list[tuple[int, int]] = []
-    forward = Bundle.logits
+    forward = Slots._forward
 
-    def counted(self: Bundle, ids_BT: torch.Tensor, *args, **kwargs):
+    def counted(self: Slots, ids_BT: torch.Tensor, *args, **kwargs):
         seen.append(tuple(ids_BT.shape))
         return forward(self, ids_BT, *args, **kwargs)
 
-    monkeypatch.setattr(Bundle, "logits", counted)
+    monkeypatch.setattr(Slots, "_forward", counted)
     return seen
 
 
@@ -173,11 +219,18 @@ def test_temperature_zero_is_argmax_whatever_the_seed(bundle: Bundle) -> None:
 
 
 def test_a_forward_a_token(bundle: Bundle, shapes: list[tuple[int, int]]) -> None:
-    """No second prefill at any <break>: n tokens cost n forwards, the prompt's included, the others of one slot."""
+    """No second prefill at any <break>: n tokens cost n forwards, the prompt's included, the others of one slot; and
+    one short forward of the unconditional prefix."""
     steps = run(bundle, PROMPTS[:1], max_images=3, min_images=3)
     assert sum(step.kind is Kind.BEGIN for step in steps) == 3
-    assert len(shapes) == len(steps)
-    assert set(shapes[1:]) == {(2, 1)}
+    assert shapes[1] == (1, 2) and len(shapes) == len(steps) + 1
+    assert set(shapes[2:]) == {(2, 1)}
+
+
+def test_equal_prompts_are_prefilled_once(bundle: Bundle, shapes: list[tuple[int, int]]) -> None:
+    steps = rows(run(bundle, [PROMPTS[0]] * 3, mode="image", max_images=1))
+    assert shapes[0][0] == shapes[1][0] == 1 and set(shapes[2:]) == {(6, 1)}
+    assert len({tuple(step.token for step in reply) for reply in steps.values()}) > 1
 
 
 def test_finished_replies_leave_the_batch(bundle: Bundle, shapes: list[tuple[int, int]]) -> None:
@@ -188,8 +241,8 @@ def test_finished_replies_leave_the_batch(bundle: Bundle, shapes: list[tuple[int
         if len(set(lengths)) > 1:
             break
     assert len(set(lengths)) > 1
-    assert [shape[0] for shape in shapes] == [
-        2 * sum(length > position for length in lengths) for position in range(max(lengths))
+    assert [shape[0] for shape in shapes[2:]] == [
+        2 * sum(length > position for length in lengths) for position in range(1, max(lengths))
     ]
 
 

@@ -11,7 +11,7 @@ from finetune import mini_data
 from finetune.loss import cross_entropy
 from finetune.pack import Placed, collate
 from jam.assets import IMAGE_PARENT, SHIPPED, TEXT_PARENT
-from jam.decode.engine import SamplingOptions, default_options
+from jam.decode.options import SamplingOptions, default_options
 from jam.decode.stream import replies
 from jam.difference import ROWS
 from jam.document import CodesPart, Document, TextPart

@@ -10,7 +10,8 @@ from transformers import Emu3VQVAE
 
 from jam import layouts
 from jam.checkpoint import WEIGHTS
-from jam.decode.engine import SamplingOptions, prepare
+from jam.decode.engine import prepare
+from jam.decode.options import SamplingOptions
 from jam.document import Document, TextPart
 from jam.errors import CheckpointError, DataError, GenerationError, MergeError
 from jam.inspect import describe_folder

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file, save_file
 
 from jam.checkpoint import WEIGHTS
-from jam.decode.engine import default_options
+from jam.decode.options import default_options
 from jam.errors import MergeError
 from jam.models.heads import next_heads
 from jam.models.load import load_bundle

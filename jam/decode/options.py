@@ -1,0 +1,142 @@
+"""How to reply: one frozen record of checked settings, and a model's own defaults under what a user says."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from jam.decode.grammar import Mode
+from jam.decode.sampling import MAX_SEED
+from jam.errors import GenerationError
+from jam.models.load import Bundle
+
+Guidance = Literal["cfg", "cd_k"]
+
+_TYPES: dict[object, tuple[tuple[type, ...], str]] = {
+    Mode: ((str,), "a word"),
+    Guidance: ((str,), "a word"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    int | None: ((int, type(None)), "a whole number or none"),
+    float | None: ((int, float, type(None)), "a number or none"),
+}
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How to reply. ``max_tokens`` counts every token of the reply, image codes and controls included.
+
+    Mode ``image`` makes at least one image and no text. ``image_beams`` above 1 searches for the likeliest image (needs
+    ``image_temperature`` 0) in so many lanes of the batch.
+
+    Guidance of images compares the prompt with nothing. ``guidance`` "cfg" blends by ``guidance_scale`` (1 is off and
+    costs nothing); with ``image_guidance_scale`` a third stream keeps the prompt's images and drops its text, and the
+    two scales pull towards either (``jam.decode.sampling.cfg3``). "cd_k" is contrastive decoding with the ``cd_k``-th
+    probability as its measure, ``cd_alpha`` times which a code must reach.
+
+    Repetition penalties count the text of the prompt and the reply, and the codes of the image at hand; 1 is off.
+
+    Raises:
+        GenerationError: a value outside its range; the message gives it.
+    """
+
+    mode: Mode = "interleaved"
+    max_tokens: int = 400
+    max_images: int = 4
+    min_images: int = 0
+    seed: int = 0
+    text_temperature: float = 0.7
+    text_top_p: float = 0.9
+    text_top_k: int | None = None
+    text_repetition_penalty: float = 1.0
+    image_temperature: float = 1.0
+    image_top_p: float = 0.95
+    image_top_k: int | None = None
+    image_repetition_penalty: float = 1.0
+    image_beams: int = 1
+    guidance: Guidance = "cfg"
+    guidance_scale: float = 3.0
+    image_guidance_scale: float | None = None
+    cd_alpha: float = 0.1
+    cd_k: int = 5
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, (kinds, words) = getattr(self, field.name), _TYPES[field.type]
+            _check(field.name, value, isinstance(value, kinds) and not isinstance(value, bool), words)
+        for name in ("text_temperature", "image_temperature"):
+            value = getattr(self, name)
+            # beyond these bounds float32 scores overflow to numbers that are none
+            _check(name, value, value == 0 or 1e-4 <= value < math.inf, "0 (greedy), or a finite number from 0.0001")
+        for name in ("guidance_scale", "image_guidance_scale"):
+            value = getattr(self, name)
+            _check(name, value, value is None or 0 <= value <= 1000, "a number from 0 to 1000")
+        for name in ("text_top_p", "image_top_p"):
+            _check(name, getattr(self, name), 0 < getattr(self, name) <= 1, "above 0 and at most 1")
+        for name in ("text_top_k", "image_top_k"):
+            _check(
+                name,
+                getattr(self, name),
+                getattr(self, name) is None or getattr(self, name) >= 1,
+                "at least 1, or none",
+            )
+        for name in ("text_repetition_penalty", "image_repetition_penalty"):
+            value = getattr(self, name)
+            _check(name, value, 0.01 <= value <= 100, "a number from 0.01 to 100; 1 is off")
+        _check("guidance", self.guidance, self.guidance in ("cfg", "cd_k"), "cfg or cd_k")
+        _check("cd_alpha", self.cd_alpha, 0 <= self.cd_alpha <= 1, "from 0 to 1")
+        _check("cd_k", self.cd_k, self.cd_k >= 1, "at least 1; 1 is plain contrastive decoding")
+        _check("image_beams", self.image_beams, 1 <= self.image_beams <= 64, "from 1 (no search) to 64")
+        _check(
+            "image_temperature",
+            self.image_temperature,
+            self.image_beams == 1 or self.image_temperature == 0,
+            f"0 with image_beams {self.image_beams}, which search for the likeliest image and draw nothing by chance",
+        )
+        _check(
+            "image_guidance_scale",
+            self.image_guidance_scale,
+            self.image_guidance_scale is None or self.guidance == "cfg",
+            "none with guidance cd_k, which compares two streams",
+        )
+        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
+        _check("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}")
+
+    @property
+    def guided(self) -> bool:
+        """Whether an image needs a stream without the prompt."""
+        return self.guidance == "cd_k" or self.guidance_scale != 1 or self.keeps_images
+
+    @property
+    def keeps_images(self) -> bool:
+        """Whether an image needs a stream that drops the text alone."""
+        return self.image_guidance_scale is not None
+
+
+def default_options(bundle: Bundle, **said: float | str | None) -> SamplingOptions:
+    """The model's own defaults (``sampling`` in its jam.json) under what is said; None is not said.
+
+    An image temperature without a word on beams turns the search off, and beams without a word on the temperature
+    turn chance off: one of the two has to give way.
+
+    Raises:
+        GenerationError: a value out of its range, or a default that is no option.
+    """
+    said = {name: value for name, value in said.items() if value is not None}
+    try:
+        SamplingOptions(**bundle.sampling)
+    except (TypeError, GenerationError) as error:
+        known = ", ".join(field.name for field in fields(SamplingOptions))
+        raise GenerationError(
+            f"{bundle.path}: jam.json's sampling {bundle.sampling} does not hold ({error}); names are {known}, mend it"
+        ) from None
+    defaults = dict(bundle.sampling)
+    if "image_temperature" in said and "image_beams" not in said:
+        defaults.pop("image_beams", None)
+    elif said.get("image_beams", 1) > 1 and "image_temperature" not in said:
+        defaults["image_temperature"] = 0.0
+    return SamplingOptions(**(defaults | said))
+
+
+def _check(name: str, value: float | str | None, holds: bool, required: str) -> None:
+    if not holds:
+        raise GenerationError(f"{name} is {value!r}; required: {required}; change it")
