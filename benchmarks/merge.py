@@ -1,8 +1,9 @@
 """Merges against a file copy: wall time as a ratio, CPU seconds, peak anonymous memory, and the forecast's error.
 
-Llama-shaped checkpoints of random bfloat16 are written once. Then, alternating, in processes of their own: the baseline
-reads every input byte and writes as many bytes as the merge will, in 8 MB pieces, and fsyncs; the merge is the ``jam``
-command, imports included, with the same fsync. ``--hash`` is also set against ``sha256sum`` over the same bytes.
+Llama-shaped checkpoints of random bfloat16 are written once. Then, alternating, in processes of their own, the inputs
+read once more before each so that the cache is warm for all: the baseline reads every input byte and writes as many
+bytes as the merge will, in 8 MB pieces, and fsyncs; the merge is the ``jam`` command, imports included, with the same
+fsync. ``--hash`` is also set against ``sha256sum`` over the same bytes.
 Medians; memory is the greatest RssAnon of the process, sampled. With ``--mergekit`` (the command's path) its ``linear``
 runs in the same rounds, and its output is compared with ours bit for bit.
 
@@ -166,6 +167,15 @@ class Row:
         print(f"| {self.name} | {cells} | {self.written / 1e9:.2f} | {peak:.0f} |", flush=True)
 
 
+def warm(root: Path) -> None:
+    room = bytearray(CHUNK)
+    for side in ("text", "image"):
+        for path in weights(root / side):
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(room):
+                    pass
+
+
 def merged(root: Path, method: str, *more: str, keep: bool = False) -> tuple[Run, int]:
     run = timed(jam(method, root, *more))
     written = size_of(root / "out")
@@ -175,6 +185,7 @@ def merged(root: Path, method: str, *more: str, keep: bool = False) -> tuple[Run
 
 
 def copied(root: Path, written: int) -> Run:
+    warm(root)
     inputs = [str(file) for side in ("text", "image") for file in weights(root / side)]
     run = timed([sys.executable, "-c", COPY, str(root / "copy"), str(written), str(CHUNK), *inputs])
     (root / "copy").unlink()
@@ -187,6 +198,7 @@ def speed(root: Path, rounds: int, mergekit: str | None) -> None:
     for method, bar in (("uniform", "1.3"), ("cross", "1.15"), ("width", "1.3")):
         row, peer = Row(f"`{method}`", bar), Row("mergekit 0.1.5 `linear`", "none")
         for _ in range(rounds):
+            warm(root)
             run, row.written = merged(root, method, keep=mergekit is not None)
             row.ours.append(run)
             if mergekit is not None and method == "uniform":
@@ -204,6 +216,7 @@ def speed(root: Path, rounds: int, mergekit: str | None) -> None:
     hashed = Row("`uniform --hash`, baseline copy", "1.3")
     summed = Row("`uniform --hash`, baseline `sha256sum`", "1.1")
     for _ in range(rounds):
+        warm(root)
         run, written = merged(root, "uniform", "--hash", keep=True)
         files = [str(file) for side in ("text", "image", "out") for file in weights(root / side)]
         summed.base.append(timed(["sha256sum", *files]))
@@ -217,6 +230,7 @@ def speed(root: Path, rounds: int, mergekit: str | None) -> None:
 
 
 def run_mergekit(command: str, root: Path) -> Run:
+    warm(root)
     recipe = root / "mergekit.yaml"
     models = [{"model": str(root / side), "parameters": {"weight": 0.5}} for side in ("text", "image")]
     raw = {"merge_method": "linear", "models": models, "dtype": "float32", "out_dtype": "bfloat16"}
@@ -244,6 +258,7 @@ def planned(folder: Path, root: Path, rounds: int) -> None:
         print(f"    {line.replace(str(folder), '...')}")
     said, real = [], []
     for _ in range(rounds):
+        warm(root)
         page = timed(jam("width", root, "--dry-run")).printed
         said.append(float(re.search(r"time: about ([\d.]+) s", page)[1]))
         real.append(merged(root, "width")[0].wall)

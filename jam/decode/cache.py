@@ -9,6 +9,7 @@ Shapes: B rows, H heads of keys, S slots, D head width, T tokens of a forward.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
@@ -36,9 +37,9 @@ class SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # zeros: a slot that nobody filled is hidden by a weight of zero, and zero times NaN is NaN
-        shape = self.cache.rows, key_states.shape[1], self.cache.slots
-        self.keys = key_states.new_zeros((*shape, key_states.shape[-1]))
-        self.values = value_states.new_zeros((*shape, value_states.shape[-1]))
+        shape, dtype = (self.cache.rows, key_states.shape[1], self.cache.slots), self.cache.dtype
+        self.keys = key_states.new_zeros((*shape, key_states.shape[-1]), dtype=dtype)
+        self.values = value_states.new_zeros((*shape, value_states.shape[-1]), dtype=dtype)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -69,11 +70,14 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """The cache of a batch of ``rows`` with ``slots`` each; a layer's buffers are made when it first writes."""
+    """The cache of a batch of ``rows`` with ``slots`` each; a layer's buffers are made when it first writes.
 
-    def __init__(self, rows: int, slots: int):
+    ``dtype``: what they are kept in; None is what the network gives.
+    """
+
+    def __init__(self, rows: int, slots: int, dtype: torch.dtype | None = None):
         super().__init__(layer_class_to_replicate=lambda: SlotLayer(self))
-        self.rows, self.slots = rows, slots
+        self.rows, self.slots, self.dtype = rows, slots, dtype
         self.window = Window(slice(0, rows), 0, 0, 0)
 
     def at(self, start: int, stop: int, rows: slice | None = None, first: int = 0) -> "SlotCache":

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from jam.decode.cache import SlotCache
 from jam.decode.choose import Scores
+from jam.models.cpu import attention_dtype
 from jam.models.load import Bundle
 
 Ids = Sequence[int]
@@ -65,6 +66,7 @@ class Slots:
         images: Sequence[Ids] | None = None,
     ):
         self.readout, self.device = bundle.readout(), bundle.model.device
+        self.dtype = attention_dtype(bundle.model)
         self.pad = bundle.vocabulary.controls.get("pad", bundle.vocabulary.controls["eos"])
         self.lanes = len(prompts)
         self.streams = [list(prompts)]
@@ -80,7 +82,7 @@ class Slots:
     def prefill(self) -> None:
         """Runs every prompt that is there, equal ones once; the scores after them are ready then."""
         groups = [list(dict.fromkeys(map(tuple, stream))) for stream in self.streams]
-        self.cache = SlotCache(sum(map(len, groups)), self.width)
+        self.cache = SlotCache(sum(map(len, groups)), self.width, self.dtype)
         first, states, places = 0, (), []
         for stream, group in zip(self.streams, groups, strict=True):
             last = self._start(group, first)

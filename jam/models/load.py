@@ -27,6 +27,7 @@ from transformers.utils import logging
 from jam.errors import CheckpointError, GenerationError
 from jam.layouts import open_model
 from jam.models import cross  # also registers jam_cross with transformers' Auto classes
+from jam.models.cpu import pack
 from jam.models.families import FAMILIES
 from jam.models.heads import allowed_ids, restrict
 from jam.models.masks import cache_for, default_positions, masks_for
@@ -57,6 +58,7 @@ class Bundle:
     image: ImageTokenizer | None
     unconditional: tuple[str, ...]
     sampling: dict = field(default_factory=dict)
+    _readout: Readout | None = field(default=None, init=False, repr=False, compare=False)
 
     @cached_property
     def _allowed_2V(self) -> Tensor:
@@ -71,7 +73,15 @@ class Bundle:
 
     def readout(self) -> Readout:
         """The network in two parts, states and scores, for a decoder."""
-        return readout(self.model, self.vocabulary)
+        if self._readout is None or self._readout.model is not self.model:
+            self._readout = readout(self.model, self.vocabulary)
+        return self._readout
+
+    def pack(self) -> bool:
+        """Lays the weights out for this CPU (``jam.models.cpu``): the model decodes faster and can do nothing else.
+        False where that is not possible."""
+        heads = [module for name, module in self.model.named_modules() if name.split(".")[-1] == "lm_head"]
+        return pack(self.model, heads)
 
     def logits(
         self,

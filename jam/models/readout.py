@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from jam.models.cpu import Rows, is_packed
 from jam.models.cross import JamCrossForCausalLM
 from jam.models.families import FAMILIES
 from jam.models.masks import masks_for
+from jam.models.span_head import owned_slices, place
 from jam.models.tower import capped, network_class
 from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD
-from jam.tokens.vocabulary import Span, Vocabulary
+from jam.tokens.vocabulary import Vocabulary
 
 States = tuple[Tensor, ...]  # what the heads read, [B, T, ...] each
 
@@ -52,16 +54,28 @@ def readout(model: PreTrainedModel, vocabulary: Vocabulary) -> Readout:
 class _Readout:
     def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary):
         self.model, self.vocabulary = model, vocabulary
+        self._packed: dict[str, Rows] = {}
 
     @property
-    def span(self) -> Span:
-        assert self.vocabulary.image_span is not None, "the grammar opens no image without a span of codes"
-        return self.vocabulary.image_span
+    def span(self) -> slice:
+        span = self.vocabulary.image_span
+        assert span is not None, "the grammar opens no image without a span of codes"
+        return slice(span.start, span.stop)
 
     def _inputs(self, ids_BT: Tensor, mask_B1TS: Tensor, positions_BT: Tensor, cache: Cache) -> dict:
         mask = masks_for(self.model.config, mask_B1TS, self.model.dtype, cache, ids_BT.shape[1])
         shared = {"position_ids": positions_BT, "past_key_values": cache, "use_cache": True}
         return {"input_ids": ids_BT, "attention_mask": mask, **shared}
+
+    def _rows(self, name: str, head: nn.Linear, rows: slice) -> Rows:
+        """Rows of a head; those of a packed network are packed once."""
+        if name in self._packed:
+            return self._packed[name]
+        packed = is_packed(self.model)
+        made = Rows(head.weight[rows], None if head.bias is None else head.bias[rows], packed)
+        if packed:
+            self._packed[name] = made
+        return made
 
 
 class OneTable(_Readout):
@@ -72,12 +86,10 @@ class OneTable(_Readout):
         return (output.last_hidden_state,)
 
     def codes(self, states: States) -> Tensor:
-        head, rows = self.model.lm_head, slice(self.span.start, self.span.stop)
-        bias = None if head.bias is None else head.bias[rows]
-        return capped(self.model.config, nn.functional.linear(states[0], head.weight[rows], bias))
+        return capped(self.model.config, self._rows("codes", self.model.lm_head, self.span)(states[0]))
 
     def text(self, states: States) -> Tensor:
-        return capped(self.model.config, self.model.lm_head(states[0]))
+        return capped(self.model.config, self._rows("text", self.model.lm_head, slice(None))(states[0]))
 
 
 class TwoTowers(_Readout):
@@ -89,11 +101,21 @@ class TwoTowers(_Readout):
         return self.model.states(ids_BT, mask_B1TS, positions_BT, cache, use_cache=True)
 
     def codes(self, states: States) -> Tensor:
-        return self.model.head(IMAGE_HEAD, *states, [slice(self.span.start, self.span.stop)])
+        if not self._may_pack:
+            return self.model.head(IMAGE_HEAD, *states, [self.span])
+        scores = self._rows("codes", self.model.image.lm_head, self.span)(states[1])
+        return capped(self.model.image.config, scores)
 
     def text(self, states: States) -> Tensor:
-        heads = torch.full(states[0].shape[:-1], TEXT_HEAD, device=states[0].device)
-        return self.model.logits(*states, heads)
+        size, slices = self.model.config.vocab_size, owned_slices(self.vocabulary, TEXT_HEAD)
+        if not self._may_pack:
+            return place(self.model.head(TEXT_HEAD, *states), slices, size)
+        parts = [self._rows(f"text {part.start}", self.model.text.lm_head, part)(states[0]) for part in slices]
+        return place(capped(self.model.text.config, torch.cat(parts, -1)), slices, size)
+
+    @property
+    def _may_pack(self) -> bool:
+        return is_packed(self.model) and self.model.config.tables == "separate"
 
 
 class FromLogits(_Readout):
@@ -103,7 +125,7 @@ class FromLogits(_Readout):
         return (self.model(**self._inputs(ids_BT, mask_B1TS, positions_BT, cache)).logits,)
 
     def codes(self, states: States) -> Tensor:
-        return states[0][..., self.span.start : self.span.stop]
+        return states[0][..., self.span]
 
     def text(self, states: States) -> Tensor:
         return states[0]

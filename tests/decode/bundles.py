@@ -49,7 +49,7 @@ def _eager(logits: Tensor, vocabulary: Vocabulary) -> Tensor:
 
 
 def eager(bundle: Bundle) -> EagerBundle:
-    return EagerBundle(**{field.name: getattr(bundle, field.name) for field in fields(Bundle)})
+    return EagerBundle(**{field.name: getattr(bundle, field.name) for field in fields(Bundle) if field.init})
 
 
 def plain_bundle(folder: Path, dtype: torch.dtype = torch.float64, **changes) -> Bundle:
