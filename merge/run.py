@@ -87,6 +87,8 @@ def run_merge(recipe: MergeRecipe, dry_run: bool = False, quiet: bool = False) -
     inputs = {side.side: parent_files(side) for side in pair.sides}
     if recipe.uniform.base is not None:
         inputs["base"] = _top_files(recipe.uniform.base)
+    if (measured := recipe.width.calibration) is not None:
+        inputs["calibration"] = {measured.name: measured}
     specs = [TensorSpec(job.name, SHORT[recipe.dtype], job.shape) for job in plan.jobs]
     keep_freed_memory()  # blocks come and go thousands of times
     _check_place(recipe, pair)
