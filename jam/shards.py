@@ -313,6 +313,8 @@ def check_output(out: Path) -> None:
                 f"{out}: the output folder is not empty (it holds {found[0].name}); a new or empty one is required, "
                 "remove it or choose another"
             )
+        if os.path.ismount(os.path.realpath(out)):  # which no rename replaces
+            raise CheckpointError(f"{out}: the output is a mount point; a new folder is required, choose one inside it")
     elif out.exists() or out.is_symlink():
         raise CheckpointError(f"{out}: the output is a file; an empty or new folder is required, choose another name")
 
