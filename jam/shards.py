@@ -307,6 +307,8 @@ def encode(rows: np.ndarray, spec: TensorSpec) -> np.ndarray:
 
 def check_output(out: Path) -> None:
     """Raises CheckpointError unless ``out`` can become a new folder: absent, or an empty folder."""
+    if "\0" in str(out):
+        raise CheckpointError(f"{str(out)!r}: a NUL, which no path may hold; remove it")
     if out.is_dir():
         if found := sorted(out.iterdir()):
             raise CheckpointError(
