@@ -153,7 +153,7 @@ class Chat:
             case "/image":
                 self._attach(argument)
             case "/save":
-                self._save(Path(argument).expanduser() if argument else self.folder / "chat.json")
+                self._save(_typed_path(name, argument) if argument else self.folder / "chat.json")
             case "/reset":
                 self.turns, self.attached = [], []
                 self.say("(a new conversation)")
@@ -169,7 +169,7 @@ class Chat:
     def _attach(self, argument: str) -> None:
         if not argument:
             raise DataError("/image: the path of an image is required; write /image cat.png")
-        path = Path(argument).expanduser()
+        path = _typed_path("/image", argument)
         self.attached.append((os.path.abspath(path), open_image(path)))
         self.say(f"({path.name} goes with your next message)")
 
@@ -318,6 +318,16 @@ def _loop(chat: Chat, read: Callable[[], str]) -> None:
                 chat.turn(line)
         except (JamError, OSError) as error:  # a full disk must not end the conversation: /save it elsewhere
             chat.console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _typed_path(command: str, argument: str) -> Path:
+    """The path that a command names, ``~`` read as the shell does. Raises DataError where there can be none."""
+    if "\0" in argument:
+        raise DataError(f"{command} {argument!r:.60}: a NUL, which no path may hold; remove it")
+    try:
+        return Path(argument).expanduser()
+    except RuntimeError:
+        raise DataError(f"{command} {argument}: no such user's folder is known; write the path without ~") from None
 
 
 def _new_folder(path: Path) -> Path:

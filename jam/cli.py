@@ -393,6 +393,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     try:
+        if bad := next((argument for argument in arguments if "\0" in argument), None):  # no shell can pass one
+            raise JamError(f"argument {bad!r:.60}: a NUL, which no text or path may hold; remove it")
         app([argument for argument in arguments if argument != "--debug"], prog_name="jam")
     except SystemExit as exit_:  # typer always ends so, also after its own usage errors (2) and Ctrl+C (130)
         return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)

@@ -8,11 +8,13 @@ A shard counts as whole by its size and its time of change, written down after f
 power cut cannot change it. A line that a kill cut short is dropped with its shard.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +26,26 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 def partial_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")
+
+
+def check_parents(out: Path) -> None:
+    """Raises JamError unless ``out``, and what is made beside it, can be made; folders above it may be absent."""
+    out = Path(os.path.realpath(out) if out.is_dir() else os.path.abspath(out))
+    folder, names = out.parent, [partial_folder(out).name]
+    while not os.path.lexists(folder):
+        names.append(folder.name)
+        folder = folder.parent
+    todo = "a path below a folder that can be written is required, choose another output"
+    if not folder.is_dir():
+        raise JamError(f"{out}: {folder} is no folder; {todo}")
+    try:
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(folder / name)  # too long a name
+        with tempfile.TemporaryFile(dir=folder):  # asked of the system itself: permission bits do not say all
+            pass
+    except OSError as error:
+        raise JamError(f"{out}: nothing can be made in {folder} ({error.strerror}); {todo}") from None
 
 
 @dataclass

@@ -307,12 +307,16 @@ def encode(rows: np.ndarray, spec: TensorSpec) -> np.ndarray:
 
 def check_output(out: Path) -> None:
     """Raises CheckpointError unless ``out`` can become a new folder: absent, or an empty folder."""
+    if "\0" in str(out):
+        raise CheckpointError(f"{str(out)!r}: a NUL, which no path may hold; remove it")
     if out.is_dir():
         if found := sorted(out.iterdir()):
             raise CheckpointError(
                 f"{out}: the output folder is not empty (it holds {found[0].name}); a new or empty one is required, "
                 "remove it or choose another"
             )
+        if os.path.ismount(os.path.realpath(out)):  # which no rename replaces
+            raise CheckpointError(f"{out}: the output is a mount point; a new folder is required, choose one inside it")
     elif out.exists() or out.is_symlink():
         raise CheckpointError(f"{out}: the output is a file; an empty or new folder is required, choose another name")
 

@@ -8,6 +8,7 @@ was killed on the way and went on.
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import sys
@@ -25,7 +26,7 @@ from jam.checkpoint import INDEX, check_place, write_json
 from jam.digest import sha256_of
 from jam.errors import CheckpointError, MergeError
 from jam.floats import SHORT
-from jam.journal import JOURNAL
+from jam.journal import JOURNAL, check_parents
 from jam.memory import keep_freed_memory
 from jam.recipe import dump_recipe
 from jam.shards import ShardWriter, TensorSpec, check_output
@@ -87,6 +88,8 @@ def run_merge(recipe: MergeRecipe, dry_run: bool = False, quiet: bool = False) -
     inputs = {side.side: parent_files(side) for side in pair.sides}
     if recipe.uniform.base is not None:
         inputs["base"] = _top_files(recipe.uniform.base)
+    if (measured := recipe.width.calibration) is not None:
+        inputs["calibration"] = {measured.name: measured}
     specs = [TensorSpec(job.name, SHORT[recipe.dtype], job.shape) for job in plan.jobs]
     keep_freed_memory()  # blocks come and go thousands of times
     _check_place(recipe, pair)
@@ -142,12 +145,13 @@ def run_merge(recipe: MergeRecipe, dry_run: bool = False, quiet: bool = False) -
 
 
 def _check_place(recipe: MergeRecipe, pair: Pair) -> None:
-    """Raises MergeError unless the output can become a new folder, outside of every input."""
+    """Raises MergeError unless the output can become a new folder, outside of every input, JamError unless folders can
+    be made there."""
     try:
         check_output(recipe.out)
     except CheckpointError as error:
         raise MergeError(str(error)) from None
-    network = pair.image.network
+    network, place = pair.image.network, Path(os.path.realpath(recipe.out))  # resolve() raises for a circle of links
     inputs = {
         "the text parent": pair.text.path,
         "the image parent": pair.image.path,
@@ -155,8 +159,9 @@ def _check_place(recipe: MergeRecipe, pair: Pair) -> None:
         "the ancestor": recipe.uniform.base,
     }
     for name, folder in inputs.items():
-        if folder is not None and recipe.out.resolve().is_relative_to(folder.resolve()):
+        if folder is not None and place.is_relative_to(folder.resolve()):
             raise MergeError(f"{recipe.out}: lies inside {name}; choose a folder outside of it")
+    check_parents(recipe.out)
 
 
 def parent_files(parent: Parent) -> Files:

@@ -1,6 +1,7 @@
 """``jam calibrate`` and what a width merge makes of it, on tiny parents."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,12 +11,16 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+import merge.run
 from jam.checkpoint import WEIGHTS
 from jam.cli import main
+from jam.digest import sha256_of
 from jam.errors import MergeError
 from jam.models.families import FAMILIES
 from jam.models.heads import next_heads
 from jam.models.load import load_bundle
+from jam.shards import ShardWriter
+from merge.plan import Plan
 from merge.recipe import MergeRecipe
 from merge.run import run_merge
 from tests.tiny import edit_json, tiny_pair, tiny_parent
@@ -181,6 +186,29 @@ def test_a_file_that_is_not_of_these_parents_is_refused(tmp_path: Path, data: li
     with pytest.raises(MergeError, match=message):
         widen(text, image, tmp_path / "out", calibration=tmp_path / "c.json")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_file_is_an_input_of_the_merge(tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch, capsys):
+    text, image = tiny_pair(tmp_path / "parents")
+    file = tmp_path / "c.json"
+    calibrate(text, image, file, data)
+    arguments = ["--text", str(text), "--image", str(image), f"width.calibration={file}", "--hash"]
+    assert main(["merge", "--method", "width", *arguments, "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["files"]["calibration"] == {"c.json": file.stat().st_size}
+    digest = report["settings"]["calibration"]["sha256"]
+    assert report["sha256"]["calibration"] == {"c.json": digest} == {"c.json": sha256_of(file)}
+    plain = merge.run.stream
+
+    def touched(plan: Plan, writer: ShardWriter) -> None:
+        plain(plan, writer)
+        stat = file.stat()
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1000))
+
+    monkeypatch.setattr(merge.run, "stream", touched)
+    assert main(["merge", "--method", "width", *arguments, "--out", str(tmp_path / "again")]) == 2
+    assert "an input file changed while it was read" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, "x", None, True, 10**400, 1e30, 1e-30])

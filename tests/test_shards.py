@@ -71,6 +71,11 @@ def test_refuses_a_taken_place_and_keeps_it(tmp_path: Path):
     assert (tmp_path / "full" / "mine.txt").read_text() == "x"
 
 
+def test_refuses_a_nul_in_the_name(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"a\\x00b': a NUL, which no path may hold"):
+        ShardWriter(tmp_path / "a\0b", SPECS)
+
+
 def test_an_empty_folder_may_be_filled(tmp_path: Path):
     (tmp_path / "out").mkdir()
     with ShardWriter(tmp_path / "out", SPECS) as writer:

@@ -73,8 +73,12 @@ def read_turns(folder: Path, kinds: np.ndarray, special: dict[str, str]) -> tupl
     )
     try:
         opening, assistant, between = (tokenizer.encode(piece, add_special_tokens=False).ids for piece in pieces)
-    except Exception as error:  # the library raises TypeError for half a surrogate pair
-        raise CheckpointError(f"{folder}: what its chat template writes is no text ({error}); {todo}") from None
+    except TypeError:  # the library's for such a string
+        raise CheckpointError(f"{folder}: its chat template writes half a surrogate pair, no text; {todo}") from None
+    except Exception as error:
+        if type(error) is not Exception:  # the library raises the bare class where a letter has no token
+            raise
+        raise CheckpointError(f"{folder}: its tokenizer has no ids for its chat template ({error}); {todo}") from None
     if foreign := next((index for index in (*opening, *assistant, *between) if index >= len(kinds)), None):
         raise CheckpointError(f"{folder}: its chat template writes id {foreign}, config.json has {len(kinds)}; {todo}")
     if not between or kinds[between[0]] != CONTROL:

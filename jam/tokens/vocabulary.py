@@ -20,6 +20,7 @@ import numpy as np
 
 from jam.checkpoint import read_json
 from jam.errors import CheckpointError
+from jam.header import shown
 
 Kind = Literal["control", "text", "image"]
 CONTROL, TEXT, IMAGE = 0, 1, 2  # values of Vocabulary.kinds()
@@ -29,6 +30,14 @@ MAX_IDS = 1 << 24  # far above any real vocabulary: one byte an id is held
 CONTROL_NAMES = (
     *("bos", "pad", "eos", "mask", "infill", "begin_image", "end_image", "user", "assistant"),
     *("unconditional", "end_turn", "begin_codes", "end_row", "end_frame"),
+)
+FORMAT = 1
+KEYS = ("format", "vocabulary", "image_tokenizer", "unconditional", "fusion", "sampling")
+SAMPLING_NAMES = (  # the fields of jam.decode.options.SamplingOptions, which loads torch; a test holds the two equal
+    *("mode", "max_tokens", "max_images", "min_images", "seed"),
+    *("text_temperature", "text_top_p", "text_top_k", "text_repetition_penalty"),
+    *("image_temperature", "image_top_p", "image_top_k", "image_repetition_penalty", "image_beams"),
+    *("guidance", "guidance_scale", "image_guidance_scale", "cd_alpha", "cd_k"),
 )
 
 
@@ -209,11 +218,19 @@ class JamFile:
 
     @classmethod
     def read(cls, folder: Path) -> "JamFile":
-        """Raises CheckpointError when the file is missing or does not parse."""
+        """Raises CheckpointError when the file is missing or does not parse, or says what this version does not know.
+        A file without ``format``, written by hand, is read as the present one."""
         path = Path(folder) / "jam.json"
         if not path.is_file():
             raise CheckpointError(f"{folder}: no jam.json; jam needs it to know which ids are text, control and image")
         raw = read_json(path)
+        written = raw.get("format", FORMAT)
+        if type(written) is not int or written != FORMAT:
+            raise CheckpointError(f"{path}: format {written!r:.60}; {FORMAT} is read, use the jam that wrote it")
+        if unknown := [key for key in raw if key not in KEYS]:
+            raise CheckpointError(
+                f"{path}: unknown key {shown(unknown[0])}; keys are {', '.join(KEYS)}, remove it or mend its name"
+            )
         try:
             record = cls(
                 Vocabulary.from_json(raw["vocabulary"]),
@@ -244,10 +261,14 @@ class JamFile:
             raise CheckpointError(f"{path}: fusion is {self.fusion!r}; a mapping or null is required, mend the file")
         if not isinstance(self.sampling, dict):
             raise CheckpointError(f"{path}: sampling is {self.sampling!r}; a mapping is required, mend the file")
+        if unknown := [name for name in self.sampling if name not in SAMPLING_NAMES]:
+            raise CheckpointError(
+                f"{path}: sampling names {shown(unknown[0])}; names are {', '.join(SAMPLING_NAMES)}, mend the file"
+            )
 
     def write(self, folder: Path) -> None:
         raw = {
-            "format": 1,
+            "format": FORMAT,
             "vocabulary": self.vocabulary.to_json(),
             "image_tokenizer": self.image_tokenizer,
             "unconditional": list(self.unconditional),

@@ -1,14 +1,16 @@
-"""Tiny checkpoints as their owners write them: the inverse of what ``jam convert`` does, spelled out on its own."""
+"""Tiny checkpoints as their owners write them, the inverse of what ``jam convert`` does, and the proof of a refusal."""
 
 import argparse
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from ruamel.yaml import YAML
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from jam.cli import main
 from jam.models.chameleon import ChameleonForCausalLM
 from jam.tokens.vq import VQConfig, VQModel
 from tests.tiny import randomize, tiny_config
@@ -172,3 +174,14 @@ def metaseq_args(**changes: object) -> argparse.Namespace:
         "attention_dropout": 0.0,
     }
     return argparse.Namespace(**(settings | changes))
+
+
+def refused(capsys: pytest.CaptureFixture, source: Path, *more: str) -> str:
+    """The one line that `jam convert` says, after proving that nothing is left beside the source."""
+    out = source.parent / "out"
+    before = sorted(source.parent.iterdir())
+    assert main(["convert", str(source), "--out", str(out), *more]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    assert sorted(source.parent.iterdir()) == before
+    return said

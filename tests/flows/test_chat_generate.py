@@ -247,6 +247,25 @@ def test_chat_goes_on_after_errors(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_chat_goes_on_after_paths_that_there_cannot_be(
+    fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = "~no-such-user-here/x"
+    lines = ["/save a\0b", "/image a\0b.png", f"/save {nowhere}", f"/image {nowhere}", f"/save {'n' * 300}", "/seed 4"]
+    monkeypatch.chdir(tmp_path)
+    assert talk(monkeypatch, lines, fused) == 0
+    said = capsys.readouterr().out.splitlines()
+    errors = [line for line in said if line.startswith("error: ")]
+    assert errors[:4] == [
+        "error: /save 'a\\x00b': a NUL, which no path may hold; remove it",
+        "error: /image 'a\\x00b.png': a NUL, which no path may hold; remove it",
+        f"error: /save {nowhere}: no such user's folder is known; write the path without ~",
+        f"error: /image {nowhere}: no such user's folder is known; write the path without ~",
+    ]
+    assert len(errors) == 5 and "File name too long" in errors[4] and said[-1] == "(seed 4)"
+    assert not list(tmp_path.iterdir())
+
+
 def test_chat_survives_a_refused_save_and_foreign_bytes(fused: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     lines = b"/save %s/file/chat.json\n\xff\xfe\n/seed 4\n" % bytes(tmp_path)

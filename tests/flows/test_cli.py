@@ -166,6 +166,30 @@ def test_usage_errors_are_2(arguments: list[str], capsys: pytest.CaptureFixture[
     assert "Usage: jam" in "".join(capsys.readouterr())
 
 
+VERBS_WITH_PATHS = [
+    ["merge", "--method", "cross", "--out"],
+    ["calibrate", "--out"],
+    ["chat", "--out"],
+    ["generate", "--prompt", "x", "--out"],
+    ["convert", "x.ckpt", "--out"],
+    ["fetch", "smollm2", "--out"],
+    ["demo", "--quick", "--out"],
+    ["inspect"],
+    ["finetune"],
+    ["recipe", "check"],
+]
+
+
+@pytest.mark.parametrize("arguments", VERBS_WITH_PATHS, ids=" ".join)
+def test_a_nul_in_a_path_is_one_line(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, "a\0b"]) == 2
+    assert capsys.readouterr().err == "error: argument 'a\\x00b': a NUL, which no text or path may hold; remove it\n"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch):
     """A callable that makes ``jam inspect`` raise what it is given."""

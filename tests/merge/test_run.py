@@ -1,8 +1,10 @@
 """What a merge refuses about its inputs and its place, what it says of itself, and in which words."""
 
+import errno
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,85 @@ def test_a_place_that_is_taken_or_an_inputs_is_refused_by_a_dry_run_too(tmp_path
     assert "lies inside the ancestor" in found
     assert "is not empty" in error(pair, base, capsys, "cross", *more)
     assert "the output is a file" in error(pair, base / "config.json", capsys, "cross", *more)
+
+
+def below_a_file(folder: Path) -> Path:
+    (folder / "file").write_text("mine")
+    return folder / "file" / "out"
+
+
+def far_below_a_file(folder: Path) -> Path:
+    return below_a_file(folder) / "more" / "out"
+
+
+def below_a_lost_link(folder: Path) -> Path:
+    (folder / "link").symlink_to(folder / "absent")
+    return folder / "link" / "out"
+
+
+def below_a_circle_of_links(folder: Path) -> Path:
+    (folder / "circle").symlink_to(folder / "circle")
+    return folder / "circle" / "out"
+
+
+def where_the_system_makes_no_files(folder: Path) -> Path:
+    if not Path("/proc/self").is_dir():
+        pytest.skip("this system has no /proc")
+    return Path("/proc/new/out")
+
+
+PLACES: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "below a file": (below_a_file, "file is no folder; a path below a folder that can be written is required"),
+    "far below a file": (far_below_a_file, "file is no folder; a path below a folder that can be written is required"),
+    "below a lost link": (below_a_lost_link, "link is no folder; a path below a folder"),
+    "below a circle of links": (below_a_circle_of_links, "circle is no folder; a path below a folder"),
+    "a long name": (lambda folder: folder / ("n" * 250), "(File name too long); a path below a folder that can be"),
+    "a longer name": (lambda folder: folder / ("n" * 300), "choose a shorter path"),
+    "below a long name": (lambda folder: folder / "new" / ("n" * 300) / "out", "(File name too long); a path below"),
+    "where the system makes no files": (where_the_system_makes_no_files, "nothing can be made in /proc ("),
+    "a file": (lambda folder: below_a_file(folder).parent, "the output is a file"),
+    "a lost link": (lambda folder: below_a_lost_link(folder).parent, "the output is a file"),
+}
+
+
+@pytest.mark.parametrize(("place", "message"), PLACES.values(), ids=PLACES.keys())
+def test_a_place_where_no_folder_can_be_made_is_refused_by_a_dry_run_in_the_same_words(
+    tmp_path: Path, place: Callable[[Path], Path], message: str, capsys
+):
+    pair = tiny_pair(tmp_path / "parents")
+    (tmp_path / "places").mkdir()
+    out = place(tmp_path / "places")
+    before = sorted((tmp_path / "places").rglob("*"))
+    said = [error(pair, out, capsys, "cross", *more) for more in (["--dry-run"], [])]
+    assert said[0] == said[1] and message in said[0]
+    assert sorted((tmp_path / "places").rglob("*")) == before
+
+
+@pytest.mark.parametrize("out", ["out", "new/out"])
+def test_a_folder_without_leave_to_write_is_refused_by_a_dry_run_in_the_same_words(
+    tmp_path: Path, out: str, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    """A system that refuses is played here: root may write everywhere."""
+    pair, opened = tiny_pair(tmp_path / "parents"), os.open
+
+    def refused(path: str, *arguments: int, **more: int) -> int:
+        if Path(path) == tmp_path or Path(path).parent == tmp_path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return opened(path, *arguments, **more)
+
+    monkeypatch.setattr(os, "open", refused)
+    said = [error(pair, tmp_path / out, capsys, "cross", *more) for more in (["--dry-run"], [])]
+    assert said[0] == said[1] and f"nothing can be made in {tmp_path} (Permission denied); a path below" in said[0]
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    pair, out = tiny_pair(tmp_path / "parents"), tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "link").symlink_to(out)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == str(out))
+    for given in (out, tmp_path / "link"):
+        for more in (["--dry-run"], []):
+            assert "is a mount point; a new folder is required" in error(pair, given, capsys, "cross", *more)
 
 
 def test_doubts_are_said_by_a_merge_and_stand_in_its_card(tmp_path: Path, capsys):

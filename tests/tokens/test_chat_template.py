@@ -20,7 +20,7 @@ from merge.plan import read_parent
 from merge.recipe import MergeRecipe
 from merge.run import run_merge
 from merge.union import Pair
-from tests.tiny import CODES_PER_IMAGE, tiny_pair
+from tests.tiny import CODES_PER_IMAGE, edit_json, tiny_pair
 
 ROOT = Path(__file__).parents[2]
 CHATML = (
@@ -189,6 +189,30 @@ def test_half_a_surrogate_pair_is_refused(tmp_path: Path):
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "\ud800" + BRACKETS}))
     with pytest.raises(CheckpointError, match="surrogates not allowed"):
         vocabulary_of(folder)
+
+
+def test_half_a_surrogate_pair_that_a_template_writes_is_refused(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="writes half a surrogate pair, no text") as error:
+        vocabulary_of(chat_parent(tmp_path, "{{ '\\ud800' }}" + BRACKETS))
+    assert str(error.value).isprintable()
+
+
+def test_a_template_with_letters_that_the_tokenizer_has_no_ids_for_is_refused(tmp_path: Path):
+    folder = chat_parent(tmp_path, BRACKETS)
+    edit_json(folder / "tokenizer.json", {"model": {"type": "WordLevel", "vocab": {"a": 5}, "unk_token": "?"}})
+    with pytest.raises(CheckpointError, match=r"its tokenizer has no ids for its chat template \(WordLevel"):
+        vocabulary_of(folder)
+
+
+def test_an_error_of_our_own_is_not_put_on_the_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Broken:
+        def encode(self, *_: object, **__: object) -> None:
+            raise KeyError
+
+    monkeypatch.setattr(TextTokenizer, "load", lambda folder: TextTokenizer.__new__(TextTokenizer))
+    monkeypatch.setattr(TextTokenizer, "tokenizer", Broken(), raising=False)
+    with pytest.raises(KeyError):
+        vocabulary_of(chat_parent(tmp_path, BRACKETS))
 
 
 def test_the_template_is_found_in_the_settings_too(tmp_path: Path):
