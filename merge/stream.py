@@ -20,7 +20,7 @@ from jam.floats import all_finite, from_float32, not_finite
 from jam.shards import ShardWriter, TensorSpec
 from merge.plan import Job, Placing, Plan
 
-BLOCK = 1 << 19  # elements: smaller ones stay in a core's cache, but each costs a dozen changes of the interpreter's owner
+BLOCK = 1 << 19  # elements; smaller ones stay in a core's cache, and yet cost more (docs/decisions.md)
 AHEAD = 8  # blocks computed before the first of them is written: bounds the memory, keeps both threads busy
 
 
