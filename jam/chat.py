@@ -81,7 +81,7 @@ class Chat:
         said = encode_images(self.bundle, Document(user_turn(text, images, images_first=False))).parts
         self._make_room(said)
         prompt = Document((*self.history.parts, *said))
-        stream = ReplyStream(self.bundle, [prompt])
+        stream = ReplyStream(self.bundle, [prompt], self.options)
         steps = generate(self.bundle, [prompt], self.options, streams=[self.asked])
         self.asked += 1
         self.attached = []

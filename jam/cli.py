@@ -49,6 +49,14 @@ class Mode(StrEnum):
     interleaved = "interleaved"
     text = "text"
     image = "image"
+    free = "free"
+
+
+class Guidance(StrEnum):
+    """How an image is pulled towards its prompt, as `jam.decode.options.Guidance` names it."""
+
+    cfg = "cfg"
+    cd_k = "cd_k"
 
 
 class Kind(StrEnum):
@@ -82,7 +90,17 @@ ImageTopP = Annotated[
 ImageBeams = Annotated[
     int | None, typer.Option(min=1, help="Beams that search for the likeliest image; 1 takes one code after another.")
 ]
-Guidance = Annotated[float | None, typer.Option(min=0.0, help="Classifier-free guidance of images; 1 is off.")]
+GuidanceScale = Annotated[float | None, typer.Option(min=0.0, help="Guidance of images by the prompt; 1 is off.")]
+ImageGuidanceScale = Annotated[
+    float | None, typer.Option(min=0.0, help="Guidance by the prompt's images apart from its text; default: not apart.")
+]
+GuidanceWay = Annotated[
+    Guidance | None, typer.Option(help="cfg (classifier-free) or cd_k (contrastive decoding); default: the model's.")
+]
+ImageTopK = Annotated[int | None, typer.Option(min=1, help="Codes that an image may choose from at each step.")]
+TextPenalty = Annotated[
+    float | None, typer.Option("--repetition-penalty", min=0.01, help="Above 1, text repeats itself less; 1 is off.")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -190,7 +208,11 @@ def chat(
     image_temperature: ImageTemperature = None,
     image_top_p: ImageTopP = None,
     image_beams: ImageBeams = None,
-    guidance_scale: Guidance = None,
+    image_top_k: ImageTopK = None,
+    repetition_penalty: TextPenalty = None,
+    guidance: GuidanceWay = None,
+    guidance_scale: GuidanceScale = None,
+    image_guidance_scale: ImageGuidanceScale = None,
     out: Annotated[
         Path, typer.Option(help="Images and saved conversations go to a new folder in it, chat-<time>.")
     ] = Path("jam-chat"),
@@ -211,7 +233,11 @@ def chat(
         image_temperature=image_temperature,
         image_top_p=image_top_p,
         image_beams=image_beams,
+        image_top_k=image_top_k,
+        text_repetition_penalty=repetition_penalty,
+        guidance=None if guidance is None else guidance.value,
         guidance_scale=guidance_scale,
+        image_guidance_scale=image_guidance_scale,
     )
 
 
@@ -226,13 +252,23 @@ def generate(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Most tokens in the reply, image codes included.")
     ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A string before which the reply ends; may be repeated.")
+    ] = None,
+    candidates: Annotated[
+        int | None, typer.Option(min=1, help="Images to draw and rank for one prompt, in mode image; best first.")
+    ] = None,
     seed: Seed = None,
     temperature: TextTemperature = None,
     top_p: TextTopP = None,
     image_temperature: ImageTemperature = None,
     image_top_p: ImageTopP = None,
     image_beams: ImageBeams = None,
-    guidance_scale: Guidance = None,
+    image_top_k: ImageTopK = None,
+    repetition_penalty: TextPenalty = None,
+    guidance: GuidanceWay = None,
+    guidance_scale: GuidanceScale = None,
+    image_guidance_scale: ImageGuidanceScale = None,
 ) -> None:
     """Write one reply to a prompt as out.json and PNG files, in order."""
     from jam.generate import run_generate
@@ -242,7 +278,9 @@ def generate(
         prompt=prompt,
         images=image or [],
         out=out,
+        candidates=candidates,
         mode=mode.value,
+        stop=None if stop is None else tuple(stop),
         max_images=max_images,
         max_tokens=max_tokens,
         seed=seed,
@@ -251,7 +289,11 @@ def generate(
         image_temperature=image_temperature,
         image_top_p=image_top_p,
         image_beams=image_beams,
+        image_top_k=image_top_k,
+        text_repetition_penalty=repetition_penalty,
+        guidance=None if guidance is None else guidance.value,
         guidance_scale=guidance_scale,
+        image_guidance_scale=image_guidance_scale,
     )
 
 

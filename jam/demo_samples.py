@@ -80,7 +80,7 @@ def held_out_losses(folder: Path, image_parent: Path, settings: Settings, advanc
 
 def answers(bundle: Bundle, prompts: list[Document], options: SamplingOptions, advance: Advance) -> list[Reply]:
     """The replies to prompts, in one batch."""
-    stream, reached = ReplyStream(bundle, prompts), 0
+    stream, reached = ReplyStream(bundle, prompts, options), 0
     for step in generate(bundle, prompts, options):
         stream.push(step)
         reached = max(reached, step.position + 1)  # an image that is searched for comes all at once

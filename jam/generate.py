@@ -16,6 +16,7 @@ from pathlib import Path
 
 from PIL.Image import Image
 
+from jam.decode.candidates import draw_candidates
 from jam.decode.engine import encode_images
 from jam.decode.options import SamplingOptions, default_options
 from jam.decode.stream import Reply, replies
@@ -27,10 +28,17 @@ from jam.shipped import model_folder
 from jam.tokens.image import open_image
 
 MARKER = "<image>"
+Said = float | str | tuple[str, ...]
 
 
 def run_generate(
-    path: Path | None, *, prompt: str, images: Sequence[Path] = (), out: Path, **options: float | str | None
+    path: Path | None,
+    *,
+    prompt: str,
+    images: Sequence[Path] = (),
+    out: Path,
+    candidates: int | None = None,
+    **options: Said | None,
 ) -> Path:
     """Writes ``out/out.json`` (``[{"type": "text", "text": ...}, {"type": "image", "path": "image-0.png"}, ...]``).
 
@@ -38,6 +46,8 @@ def run_generate(
         path: a model folder; None takes the shipped default.
         prompt: the user's text; each ``<image>`` in it stands for one of ``images``, without any they come first.
         out: a new or empty folder.
+        candidates: images to draw in one batch and rank (``jam.decode.candidates``); their entries, best first, have
+            ``score`` and ``guidance`` too.
         options: fields of :class:`jam.decode.engine.SamplingOptions`; None leaves the model's default.
 
     Returns:
@@ -54,15 +64,20 @@ def run_generate(
     settings = default_options(bundle, **said)
     check_drawable(bundle, settings)
     document = encode_images(bundle, Document(with_role(bundle, turn)))
+    if candidates is not None:
+        found = draw_candidates(bundle, document, candidates, settings)
+        write_replies(out, [(one.reply, {"score": one.score, "guidance": one.guidance}) for one in found])
+        print(f"{out / 'out.json'}: {len(found)} images, best first by the model's own likelihood ratio")
+        return out
     (reply,) = replies(bundle, [document], settings)
-    write_reply(reply, out)
+    write_replies(out, [(reply, {})])
     texts = sum(isinstance(part, TextPart) for part in reply.document.parts)
-    ended = "" if reply.stop == "eos" else "; cut by the token budget or the context"
+    ended = "" if reply.stop in ("eos", "stop") else "; cut by the token budget or the context"
     print(f"{out / 'out.json'}: {texts} texts, {len(reply.images)} images{ended}")
     return out
 
 
-def said_options(**given: float | str | None) -> dict[str, float | str]:
+def said_options(**given: Said | None) -> dict[str, Said]:
     """What was said of the options, checked; whoever asks for an image alone gets one, unless a number is said.
 
     >>> said_options(seed=3, text_top_p=None)
@@ -147,22 +162,24 @@ def check_drawable(bundle: Bundle, options: SamplingOptions) -> None:
         )
 
 
-def write_reply(reply: Reply, out: Path) -> None:
-    """``out.json`` and ``image-0.png``, ... in a folder that appears when whole."""
+def write_replies(out: Path, replies: Sequence[tuple[Reply, dict]]) -> None:
+    """``out.json`` and ``image-0.png``, ... of replies one after another, in a folder that appears when whole; what
+    stands beside a reply goes into the entries of its images."""
     out.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(out)
     folder = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     folder.mkdir()
     try:
-        entries: list[dict[str, str]] = []
-        images = iter(reply.images)
-        for part in reply.document.parts:
-            if isinstance(part, TextPart):
-                entries.append({"type": "text", "text": part.text})
-                continue
-            name = f"image-{sum(entry['type'] == 'image' for entry in entries)}.png"
-            next(images).save(folder / name)
-            entries.append({"type": "image", "path": name})
+        entries: list[dict] = []
+        for reply, more in replies:
+            images = iter(reply.images)
+            for part in reply.document.parts:
+                if isinstance(part, TextPart):
+                    entries.append({"type": "text", "text": part.text})
+                    continue
+                name = f"image-{sum(entry['type'] == 'image' for entry in entries)}.png"
+                next(images).save(folder / name)
+                entries.append({"type": "image", "path": name} | more)
         (folder / "out.json").write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.rename(folder, out)
     except BaseException as error:

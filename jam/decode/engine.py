@@ -25,14 +25,16 @@ import torch
 from torch import Tensor
 
 from jam.decode import sampling
-from jam.decode.choose import Scores, choose_codes, choose_text, guided, used
+from jam.decode.choose import Scores, choose_codes, choose_text, guided, used, wide
 from jam.decode.grammar import Kind, Phase, Row, Rules, Step
 from jam.decode.options import SamplingOptions, default_options
 from jam.decode.slots import Fed, Slots
+from jam.decode.stop import StopText
 from jam.document import CodesPart, Document
 from jam.errors import GenerationError
 from jam.models.load import Bundle
 from jam.tokens.render import render
+from jam.tokens.text import TextStream, TextTokenizer
 
 Options = SamplingOptions | Sequence[SamplingOptions] | None
 
@@ -42,7 +44,9 @@ class Job:
     """A prepared call: prompts as ids, and of each row its settings, its grammar and its random numbers.
 
     ``prefix`` stands for "no condition" before the control that opens an image; ``kept`` are the prompts without their
-    text, for the third stream. Both are None where no row needs them.
+    text, for the third stream. Both are None where no row needs them. With ``weigh``, which needs a prefix, ``ratios``
+    holds after the run how much likelier each row's codes are under its prompt than under nothing (difference of log
+    probabilities, nats, over all its images).
     """
 
     options: list[SamplingOptions]
@@ -51,10 +55,14 @@ class Job:
     streams: list[int]
     prefix: list[int] | None = None
     kept: list[list[int]] | None = None
+    tokenizer: TextTokenizer | None = None  # where a row has stop strings
+    weigh: bool = False
     replies: list[list[int]] = field(init=False)
+    ratios: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.replies = [[] for _ in self.rows]
+        self.replies, self.ratios = [[] for _ in self.rows], [0.0] * len(self.rows)
+        self._texts: dict[int, tuple[TextStream, StopText]] = {}
 
     def searches(self, index: int) -> bool:
         """Whether a row is inside an image that beams search for."""
@@ -66,8 +74,24 @@ class Job:
         for index, token in tokens.items():
             kind = self.rows[index].advance(token)
             self.replies[index].append(token)
+            if self.options[index].stop:
+                self._look(index, token, kind)
             steps.append(Step(index, position, token, kind, self.rows[index].stop))
         return steps
+
+    def _look(self, index: int, token: int, kind: Kind) -> None:
+        """Ends a row whose text holds a stop string, unless it still owes images."""
+        if kind is not Kind.TEXT:
+            self._texts.pop(index, None)  # an image parts stretches of text
+            return
+        if index not in self._texts:
+            self._texts[index] = TextStream(self.tokenizer), StopText(self.options[index].stop)
+        stream, text = self._texts[index]
+        text.push(stream.push(token))
+        if text.found and not self.rows[index].owed:
+            self.rows[index].end()
+        elif text.found:
+            text.flush()
 
     def open_rows(self) -> list[int]:
         return [index for index, row in enumerate(self.rows) if row.phase is not Phase.DONE]
@@ -120,6 +144,17 @@ def encode_images(bundle: Bundle, document: Document) -> Document:
     return document.with_codes(encode)
 
 
+def options_of(bundle: Bundle, prompts: Sequence[Document], options: Options) -> list[SamplingOptions]:
+    """The options of every prompt. Raises GenerationError for another number of them than of prompts."""
+    options = default_options(bundle) if options is None else options
+    each = [options] * len(prompts) if isinstance(options, SamplingOptions) else list(options)
+    if len(each) != len(prompts):
+        raise GenerationError(
+            f"there are {len(prompts)} prompts and {len(each)} options; required: one for all, or one a prompt"
+        )
+    return each
+
+
 def prepare(
     bundle: Bundle, prompts: Sequence[Document], options: Options = None, streams: Sequence[int] | None = None
 ) -> Job:
@@ -128,10 +163,7 @@ def prepare(
     Raises:
         GenerationError: a prompt longer than the context, or no room for what the options ask; with the numbers.
     """
-    options = default_options(bundle) if options is None else options
-    each = [options] * len(prompts) if isinstance(options, SamplingOptions) else list(options)
-    if len(each) != len(prompts):
-        raise GenerationError(f"{len(prompts)} prompts and {len(each)} options; required: one, or one a prompt")
+    each = options_of(bundle, prompts, options)
     context, ids, rows = context_length(bundle), [], []
     for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
         rules = Rules(bundle.vocabulary, own.mode, own.min_images, own.max_images)
@@ -150,7 +182,7 @@ def prepare(
             )
         ids.append(tokens)
         rows.append(Row(rules, min(left, own.max_tokens)))
-    job = Job(each, ids, rows, list(range(len(ids)) if streams is None else streams))
+    job = Job(each, ids, rows, list(range(len(ids)) if streams is None else streams), tokenizer=bundle.text)
     guided_rows = [index for index, row in enumerate(rows) if each[index].guided and row.rules.may_draw]
     if guided_rows:
         job.prefix = _unconditional_prefix(bundle)
@@ -163,7 +195,7 @@ def prepare(
         job.kept = [[*job.prefix, *_images_of(bundle, prompt)] for prompt in prompts]
         for index in guided_rows:
             rules, most = rows[index].rules, rows[index].room
-            drawn = min(rules.max_images, most // rules.image_tokens) * rules.image_tokens
+            drawn = int(min(rules.most_images, most // rules.image_tokens)) * rules.image_tokens
             if len(job.kept[index]) + drawn > context:
                 raise GenerationError(
                     f"the model's context is {context}; the stream that keeps images needs "
@@ -268,6 +300,7 @@ class _Loop:
         self.searches: dict[int, Search] = {}
         self.lanes = {index: [index] for index in range(len(job.rows))}
         self.position = 0
+        self.ratios_N = torch.zeros(len(job.rows), dtype=torch.float64, device=self.device) if job.weigh else None
 
     def run(self) -> Iterator[Step]:
         self.slots.prefill()
@@ -276,6 +309,8 @@ class _Loop:
                 yield from self._draw(codes)
             else:
                 yield from self._step()
+        if self.ratios_N is not None:
+            self.job.ratios = self.ratios_N.tolist()
 
     def _undisturbed(self) -> int:
         """Codes that every open row draws before any of them does something else; 0 where one writes or searches."""
@@ -365,12 +400,19 @@ class _Loop:
         used_NK = self.job.used_codes(indices, self.device)
         draws_N = self.uniforms[list(indices), self.position]
         if len(groups) == 1:
-            return choose_codes(groups[0][0], scores, draws_N, used_NK)
+            return self._weighed(indices, scores, choose_codes(groups[0][0], scores, draws_N, used_NK))
         codes = torch.empty(len(indices), dtype=torch.int64, device=self.device)
         for options, at in groups:
             own = Scores(*(None if part is None else part[at] for part in (scores.full, scores.nothing, scores.images)))
             codes[at] = choose_codes(options, own, draws_N[at], None if used_NK is None else used_NK[at])
-        return codes
+        return self._weighed(indices, scores, codes)
+
+    def _weighed(self, indices: Sequence[int], scores: Scores, codes_N: Tensor) -> Tensor:
+        """The codes; how much likelier the prompt makes them goes to the rows' ratios."""
+        if self.ratios_N is not None:
+            full, nothing = (wide(part).double().log_softmax(-1) for part in (scores.full, scores.nothing))
+            self.ratios_N[list(indices)] += (full - nothing).gather(1, codes_N[:, None])[:, 0]
+        return codes_N
 
     def _text(self, indices: Sequence[int]) -> Tensor:
         """int64 [N]: the next ids of rows that write."""

@@ -14,6 +14,7 @@ reply.
 Nothing here knows logits; the head of a state is that of ``jam.models.heads``.
 """
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -26,9 +27,9 @@ from jam.errors import GenerationError
 from jam.tokens.render import FRAMED, IMAGE_HEAD, TEXT_HEAD
 from jam.tokens.vocabulary import TEXT, Vocabulary
 
-Mode = Literal["interleaved", "text", "image"]
-MODES = ("interleaved", "text", "image")
-StopReason = Literal["eos", "length"]
+Mode = Literal["interleaved", "text", "image", "free"]
+MODES = ("interleaved", "text", "image", "free")
+StopReason = Literal["eos", "length", "stop"]
 
 
 class Phase(Enum):
@@ -63,7 +64,8 @@ class Step:
 class Rules:
     """The grammar of all rows of a call.
 
-    ``interleaved`` allows text and images, ``text`` text alone, ``image`` images alone (at least one).
+    ``interleaved`` allows text and images, ``text`` text alone, ``image`` images alone (at least one); ``free`` leaves
+    the number of images to the model and to the room, whatever ``max_images`` says.
 
     Raises:
         GenerationError: an unknown mode, bounds that contradict each other, or images asked of a model without them.
@@ -87,6 +89,11 @@ class Rules:
                 f"mode is text and min_images {self.min_images}; text replies hold no image, "
                 "use mode interleaved or min_images 0"
             )
+        if self.mode == "free" and self.min_images:
+            raise GenerationError(
+                f"mode is free and min_images {self.min_images}; there the model alone decides, use mode interleaved "
+                "or min_images 0"
+            )
         if self.mode == "image" and not self.max_images:
             raise GenerationError("mode is image and max_images 0; required: at least 1; raise max_images")
         if self.needed_images and self.vocabulary.framed:
@@ -108,7 +115,12 @@ class Rules:
     @property
     def may_draw(self) -> bool:
         """Whether a reply may hold an image at all."""
-        return self.can_draw and self.mode != "text" and self.max_images > 0
+        return self.can_draw and self.mode != "text" and self.most_images > 0
+
+    @property
+    def most_images(self) -> float:
+        """Images that a reply may have, room aside."""
+        return math.inf if self.mode == "free" else self.max_images
 
     @property
     def needed_images(self) -> int:
@@ -190,7 +202,7 @@ class Row:
         rules = self.rules
         after = self.owed * rules.image_tokens + 1 if self.owed else 0  # room that the owed images keep
         text = rules.mode != "image" and self.room - 1 >= after
-        begin = rules.may_draw and self.images < rules.max_images
+        begin = rules.may_draw and self.images < rules.most_images
         begin = begin and self.room >= max(self.owed, 1) * rules.image_tokens + 1
         return text, begin, not self.owed
 
@@ -204,6 +216,10 @@ class Row:
             case Phase.TEXT:
                 return self.rules.between(*self.allowed())
         raise AssertionError("a finished reply has no next token")
+
+    def end(self) -> None:
+        """Ends the reply at a stop string."""
+        self.phase, self.stop = Phase.DONE, "stop"
 
     def advance(self, token: int) -> Kind:
         """Takes the next token, which must be legal, and says what it is."""

@@ -14,6 +14,7 @@ Guidance = Literal["cfg", "cd_k"]
 _TYPES: dict[object, tuple[tuple[type, ...], str]] = {
     Mode: ((str,), "a word"),
     Guidance: ((str,), "a word"),
+    tuple[str, ...]: ((tuple,), "a list of words"),
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
     int | None: ((int, type(None)), "a whole number or none"),
@@ -25,8 +26,9 @@ _TYPES: dict[object, tuple[tuple[type, ...], str]] = {
 class SamplingOptions:
     """How to reply. ``max_tokens`` counts every token of the reply, image codes and controls included.
 
-    Mode ``image`` makes at least one image and no text. ``image_beams`` above 1 searches for the likeliest image (needs
-    ``image_temperature`` 0) in so many lanes of the batch.
+    Mode ``image`` makes at least one image and no text; ``free`` leaves the number of images to the model. A reply ends
+    before a string of ``stop`` in its text, once the images that it owes are made. ``image_beams`` above 1 searches for
+    the likeliest image (needs ``image_temperature`` 0) in so many lanes of the batch.
 
     Guidance of images compares the prompt with nothing. ``guidance`` "cfg" blends by ``guidance_scale`` (1 is off and
     costs nothing); with ``image_guidance_scale`` a third stream keeps the prompt's images and drops its text, and the
@@ -43,6 +45,7 @@ class SamplingOptions:
     max_tokens: int = 400
     max_images: int = 4
     min_images: int = 0
+    stop: tuple[str, ...] = ()
     seed: int = 0
     text_temperature: float = 0.7
     text_top_p: float = 0.9
@@ -60,6 +63,8 @@ class SamplingOptions:
     cd_k: int = 5
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, list):  # as JSON has it
+            object.__setattr__(self, "stop", tuple(self.stop))
         for field in fields(self):
             value, (kinds, words) = getattr(self, field.name), _TYPES[field.type]
             _check(field.name, value, isinstance(value, kinds) and not isinstance(value, bool), words)
@@ -98,6 +103,8 @@ class SamplingOptions:
             self.image_guidance_scale is None or self.guidance == "cfg",
             "none with guidance cd_k, which compares two streams",
         )
+        words = len(self.stop) <= 64 and all(isinstance(word, str) and word for word in self.stop)
+        _check("stop", self.stop, words, "at most 64 strings that are not empty")
         _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
         _check("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}")
 

@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 from PIL.Image import Image
 
-from jam.decode.engine import generate
+from jam.decode.engine import Options, generate, options_of
 from jam.decode.grammar import Kind, Step, StopReason
-from jam.decode.options import SamplingOptions
+from jam.decode.stop import StopText
 from jam.document import CodesPart, Document, Part, Role, TextPart
 from jam.models.load import Bundle
 from jam.tokens.text import TextStream
@@ -54,7 +54,7 @@ class ImageDone:
 
 @dataclass(frozen=True)
 class Stop:
-    """``eos``: the model ended its reply; ``length``: the context or the token budget did."""
+    """``eos``: the model ended its reply; ``length``: the context or the token budget did; ``stop``: a stop string."""
 
     row: int
     reason: StopReason
@@ -83,14 +83,27 @@ class _Row:
     images: list[Image] = field(default_factory=list)
     drawn: int = 0
     stop: StopReason | Literal["cut"] = "cut"
+    words: tuple[str, ...] = ()
+    shown: StopText = field(init=False)
+    cut: int | None = None  # where the text at hand ends before a stop string
+
+    def __post_init__(self) -> None:
+        self.shown = StopText(self.words)
 
 
 class ReplyStream:
-    """Collects the steps of one ``generate`` call; ``push`` turns each into events."""
+    """Collects the steps of one ``generate`` call; ``push`` turns each into events.
 
-    def __init__(self, bundle: Bundle, prompts: Sequence[Document]):
+    Args:
+        options: those of the call, whose stop strings are not shown.
+    """
+
+    def __init__(self, bundle: Bundle, prompts: Sequence[Document], options: Options = None):
         self.bundle = bundle
-        self.rows = [_Row(reply_role(prompt), TextStream(bundle.text)) for prompt in prompts]
+        self.rows = [
+            _Row(reply_role(prompt), TextStream(bundle.text), words=own.stop)
+            for prompt, own in zip(prompts, options_of(bundle, prompts, options), strict=True)
+        ]
 
     def push(self, step: Step) -> list[Event]:
         row, index = self.rows[step.row], step.row
@@ -98,7 +111,11 @@ class ReplyStream:
         match step.kind:
             case Kind.TEXT:
                 row.text.append(step.token)
-                events += self._delta(index, row.stream.push(step.token))
+                shown = row.shown.push(row.stream.push(step.token))
+                ended = step.stop == "stop"
+                row.cut = row.shown.cut if ended else None
+                # a stop string that did not end the reply is text
+                events += self._delta(index, shown if ended or not row.shown.found else shown + row.shown.flush())
             case Kind.BEGIN:
                 events += self._close_text(index)
                 events.append(ImageStart(index, row.drawn))
@@ -126,14 +143,14 @@ class ReplyStream:
         return [TextDelta(index, text)] if text else []
 
     def _text_part(self, row: _Row) -> list[Part]:
-        text = self.bundle.text.decode(row.text) if row.text else ""
+        text = self.bundle.text.decode(row.text)[: row.cut] if row.text else ""
         return [TextPart(text, row.role)] if text else []
 
     def _close_text(self, index: int) -> list[Event]:
         row = self.rows[index]
         row.parts += self._text_part(row)
-        rest = self._delta(index, row.stream.flush())
-        row.text, row.stream = [], TextStream(self.bundle.text)
+        rest = [] if row.cut is not None else self._delta(index, row.shown.push(row.stream.flush()) + row.shown.flush())
+        row.text, row.stream, row.shown, row.cut = [], TextStream(self.bundle.text), StopText(row.words), None
         return rest
 
     def _close_image(self, index: int) -> ImageDone:
@@ -158,11 +175,11 @@ def reply_role(prompt: Document) -> Role:
 def events(
     bundle: Bundle,
     prompts: Sequence[Document],
-    options: SamplingOptions | None = None,
+    options: Options = None,
     streams: Sequence[int] | None = None,
 ) -> Iterator[Event]:
     """The events of ``jam.decode.engine.generate``, with its arguments and errors."""
-    stream = ReplyStream(bundle, prompts)
+    stream = ReplyStream(bundle, prompts, options)
     steps = generate(bundle, prompts, options, streams)
     return (event for step in steps for event in stream.push(step))
 
@@ -170,11 +187,11 @@ def events(
 def replies(
     bundle: Bundle,
     prompts: Sequence[Document],
-    options: SamplingOptions | None = None,
+    options: Options = None,
     streams: Sequence[int] | None = None,
 ) -> list[Reply]:
     """Whole replies, in the order of the prompts; arguments and errors of ``jam.decode.engine.generate``."""
-    stream = ReplyStream(bundle, prompts)
+    stream = ReplyStream(bundle, prompts, options)
     for step in generate(bundle, prompts, options, streams):
         stream.push(step)
     return [stream.reply(index) for index in range(len(prompts))]

@@ -34,7 +34,7 @@ CONTROL_NAMES = (
 FORMAT = 1
 KEYS = ("format", "vocabulary", "image_tokenizer", "unconditional", "fusion", "sampling")
 SAMPLING_NAMES = (  # the fields of jam.decode.options.SamplingOptions, which loads torch; a test holds the two equal
-    *("mode", "max_tokens", "max_images", "min_images", "seed"),
+    *("mode", "max_tokens", "max_images", "min_images", "stop", "seed"),
     *("text_temperature", "text_top_p", "text_top_k", "text_repetition_penalty"),
     *("image_temperature", "image_top_p", "image_top_k", "image_repetition_penalty", "image_beams"),
     *("guidance", "guidance_scale", "image_guidance_scale", "cd_alpha", "cd_k"),

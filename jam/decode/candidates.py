@@ -1,0 +1,67 @@
+"""Several images for one prompt, in one batch, best first.
+
+Half are drawn under guidance with a nucleus, half by contrastive decoding: the two err differently, and CM3Leon's best
+results come from both (arXiv 2309.02591, section 3.1 and figure 4). A judge ranks them: CLIP where one is given, else
+the model itself by how much likelier the prompt makes the codes than nothing does, which costs no forward.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from PIL.Image import Image
+
+from jam.decode.engine import prepare, run_job
+from jam.decode.options import SamplingOptions
+from jam.decode.stream import Reply, ReplyStream
+from jam.document import Document
+from jam.errors import GenerationError
+from jam.models.load import Bundle
+
+MOST = 64  # lanes that one prompt may take
+Judge = Callable[[Sequence[Image]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One image: a reply of mode ``image``, how it was drawn, and its score (higher is better)."""
+
+    reply: Reply
+    guidance: str
+    score: float
+
+
+def draw_candidates(
+    bundle: Bundle, prompt: Document, count: int, options: SamplingOptions, judge: Judge | None = None
+) -> list[Candidate]:
+    """``count`` replies of one image each, best first.
+
+    Args:
+        options: of the nucleus half, in mode ``image``; the other half differs in ``guidance``. One that searches with
+            beams would give ``count`` equal images.
+        judge: scores of images; None takes the log ratio of the codes' likelihood under the prompt and under nothing,
+            in nats.
+
+    Raises:
+        GenerationError: a number out of range, beams, a greedy temperature, or more images than one a reply.
+    """
+    if not 1 <= count <= MOST:
+        raise GenerationError(f"candidates is {count}; required: from 1 to {MOST}; change it")
+    if options.mode != "image" or options.max_images != 1:
+        raise GenerationError(
+            f"candidates are replies of one image, the mode is {options.mode} and max_images {options.max_images}; use "
+            "mode image and max_images 1"
+        )
+    if count > 1 and options.image_temperature == 0:
+        raise GenerationError("candidates drawn without chance are all equal; raise image_temperature above 0")
+    contrastive = replace(options, guidance="cd_k", image_guidance_scale=None)
+    each = [options if number % 2 == 0 else contrastive for number in range(count)]
+    prompts = [prompt] * count
+    job = prepare(bundle, prompts, each)
+    job.weigh = judge is None and job.prefix is not None
+    stream = ReplyStream(bundle, prompts, each)
+    for step in run_job(bundle, job):
+        stream.push(step)
+    replies = [stream.reply(index) for index in range(count)]
+    scores = job.ratios if judge is None else judge([reply.images[0] for reply in replies])
+    found = [Candidate(*parts) for parts in zip(replies, (own.guidance for own in each), scores, strict=True)]
+    return sorted(found, key=lambda candidate: -candidate.score)
