@@ -279,6 +279,7 @@ def run_chat(
     said = said_options(**options)
     console = Console(emoji=False)  # a model that writes :cat: means just that
     bundle = load_bundle(model_folder(path))
+    bundle.pack()  # it only runs here
     settings = default_options(bundle, **said)
     if not bundle.vocabulary.converses:
         raise GenerationError(

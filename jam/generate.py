@@ -61,6 +61,7 @@ def run_generate(
     turn = user_turn(prompt, [open_image(Path(image)) for image in images])
     said = said_options(**options)
     bundle = load_bundle(model_folder(path))
+    bundle.pack()  # it only runs here
     settings = default_options(bundle, **said)
     check_drawable(bundle, settings)
     document = encode_images(bundle, Document(with_role(bundle, turn)))

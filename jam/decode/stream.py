@@ -5,6 +5,7 @@ image decodes its codes to pixels and leaves as ``ImageDone``; the last step lea
 A half-written image never enters the document: stop reading at any step, and the reply is still well formed.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -34,12 +35,13 @@ class ImageStart:
 
 @dataclass(frozen=True)
 class ImageProgress:
-    """``done`` of ``total`` codes are there."""
+    """``done`` of ``total`` codes are there; every so-manieth row the image so far, where previews are asked for."""
 
     row: int
     index: int
     done: int
     total: int
+    preview: Image | None = None
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,14 @@ class ReplyStream:
 
     Args:
         options: those of the call, whose stop strings are not shown.
+        preview_rows: rows of codes after which an image is shown as far as it is there; 0 shows none.
     """
 
-    def __init__(self, bundle: Bundle, prompts: Sequence[Document], options: Options = None):
+    def __init__(self, bundle: Bundle, prompts: Sequence[Document], options: Options = None, preview_rows: int = 0):
         self.bundle = bundle
+        self.preview_every = 0
+        if preview_rows and bundle.image is not None:
+            self.preview_every = preview_rows * math.isqrt(bundle.image.codes_per_image)
         self.rows = [
             _Row(reply_role(prompt), TextStream(bundle.text), words=own.stop)
             for prompt, own in zip(prompts, options_of(bundle, prompts, options), strict=True)
@@ -122,7 +128,10 @@ class ReplyStream:
             case Kind.CODE:
                 row.codes.append(step.token - self.bundle.vocabulary.image_span.start)
                 total = self.bundle.vocabulary.codes_per_image
-                events.append(ImageProgress(index, row.drawn, len(row.codes), total))
+                preview = None
+                if self.preview_every and len(row.codes) % self.preview_every == 0 and len(row.codes) < total:
+                    preview = self.bundle.image.preview(row.codes)
+                events.append(ImageProgress(index, row.drawn, len(row.codes), total, preview))
             case Kind.END:
                 events.append(self._close_image(index))
             case Kind.EOS:
@@ -177,9 +186,11 @@ def events(
     prompts: Sequence[Document],
     options: Options = None,
     streams: Sequence[int] | None = None,
+    preview_rows: int = 0,
 ) -> Iterator[Event]:
-    """The events of ``jam.decode.engine.generate``, with its arguments and errors."""
-    stream = ReplyStream(bundle, prompts, options)
+    """The events of ``jam.decode.engine.generate``, with its arguments and errors; ``preview_rows`` as ``ReplyStream``
+    takes it."""
+    stream = ReplyStream(bundle, prompts, options, preview_rows)
     steps = generate(bundle, prompts, options, streams)
     return (event for step in steps for event in stream.push(step))
 

@@ -5,7 +5,9 @@ decoded (``MAX_PIXELS`` bounds memory: 32 Mpx decode to about 100 MB).
 """
 
 import io
+import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -167,6 +169,23 @@ class ImageTokenizer:
         codes = np.asarray(codes, dtype=np.int64)
         if codes.ndim != 2 or codes.shape[1] != self.codes_per_image:
             raise DataError(f"codes of shape {codes.shape}; [batch, {self.codes_per_image}] are required for an image")
+        return self._pixels(codes)
+
+    def preview(self, codes: Sequence[int]) -> Pil.Image:
+        """The image that has begun with these codes: its whole rows in colour, the rest grey, at S x S pixels.
+
+        Only the rows that are there go through the decoder, which sees them as a lower image; their last pixels change
+        when the next row comes. Raises DataError and CheckpointError as ``decode``.
+        """
+        grid = math.isqrt(self.codes_per_image)
+        rows = len(codes) // grid
+        canvas = Pil.new("RGB", (self.resolution, self.resolution), (128, 128, 128))
+        if rows:
+            (top,) = self._pixels(np.asarray([codes[: rows * grid]], dtype=np.int64))
+            canvas.paste(top, (0, 0))
+        return canvas
+
+    def _pixels(self, codes: np.ndarray) -> list[Pil.Image]:
         if codes.size and not (codes.min() >= 0 and codes.max() < self.codebook_size):
             raise DataError(f"codes in [{codes.min()}, {codes.max()}]; the codebook has {self.codebook_size} entries")
         pixels = self.network.decode(torch.from_numpy(codes))

@@ -269,9 +269,10 @@ class VQModel(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Pixels clipped to [-1, 1]: [B, G*G] -> [B, 3, S, S]. Raises CheckpointError without a decoder."""
-        grid = self.config.grid
-        z = self.quantize.embedding(codes).view(-1, grid, grid, self.config.embed_dim).permute(0, 3, 1, 2)
+        """Pixels clipped to [-1, 1]: [B, G*G] -> [B, 3, S, S], or of the first R rows [B, R*G] -> [B, 3, R*S/G, S].
+        Raises CheckpointError without a decoder."""
+        rows, grid = codes.shape[1] // self.config.grid, self.config.grid
+        z = self.quantize.embedding(codes).view(-1, rows, grid, self.config.embed_dim).permute(0, 3, 1, 2)
         return self.decode_latents(z).clamp(-1, 1)
 
     def decode_latents(self, z: Tensor) -> Tensor:

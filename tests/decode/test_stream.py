@@ -1,14 +1,16 @@
 """Steps to events and documents."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jam.decode.engine import generate
 from jam.decode.grammar import Kind, Step
 from jam.decode.options import SamplingOptions
-from jam.decode.stream import ImageDone, ImageStart, ReplyStream, Stop, TextDelta, events, replies
+from jam.decode.stream import ImageDone, ImageProgress, ImageStart, ReplyStream, Stop, TextDelta, events, replies
 from jam.document import CodesPart, Document, TextPart
 from jam.models.load import Bundle
 from jam.tokens.render import parse, render
@@ -132,3 +134,26 @@ def test_without_an_image_tokenizer_codes_stay(bundle: Bundle) -> None:
 
 def test_no_prompts_no_replies(bundle: Bundle, tmp_path: Path) -> None:
     assert replies(bundle, [], OPTIONS) == []
+
+
+def test_previews_come_every_so_many_rows_and_grow(bundle: Bundle) -> None:
+    """The tiny image has two rows of two codes: one preview, of its upper half."""
+    seen = list(events(bundle, [USER], OPTIONS, preview_rows=1))
+    progress = [event for event in seen if isinstance(event, ImageProgress)]
+    previews = [event for event in progress if event.preview is not None]
+    assert previews and {event.done for event in previews} == {2}
+    done = [event for event in seen if isinstance(event, ImageDone)]
+    for event in previews:
+        pixels = np.asarray(event.preview)
+        assert pixels.shape == (8, 8, 3) and (pixels[4:] == 128).all() and not (pixels[:4] == 128).all()
+        assert pixels.tobytes() == np.asarray(bundle.image.preview(done[event.index].codes[:3])).tobytes()
+    assert [replace(event, preview=None) if isinstance(event, ImageProgress) else event for event in seen] == list(
+        events(bundle, [USER], OPTIONS)
+    )
+
+
+def test_a_preview_of_all_codes_is_the_image(bundle: Bundle) -> None:
+    codes = [3, 9, 1, 14]
+    (whole,) = bundle.image.decode([codes])
+    assert bundle.image.preview(codes).tobytes() == whole.tobytes()
+    assert set(bundle.image.preview(codes[:1]).get_flattened_data()) == {(128, 128, 128)}
