@@ -52,6 +52,13 @@ class Mode(StrEnum):
     free = "free"
 
 
+class Rank(StrEnum):
+    """How a model ranks candidates, as `jam.decode.candidates.Rank` names it."""
+
+    likelihood = "likelihood"
+    ratio = "ratio"
+
+
 class Guidance(StrEnum):
     """How an image is pulled towards its prompt, as `jam.decode.options.Guidance` names it."""
 
@@ -258,6 +265,9 @@ def generate(
     candidates: Annotated[
         int | None, typer.Option(min=1, help="Images to draw and rank for one prompt, in mode image; best first.")
     ] = None,
+    rank: Annotated[
+        Rank, typer.Option(help="Rank candidates by how likely the prompt makes them, or by its ratio to no prompt.")
+    ] = Rank.likelihood,
     seed: Seed = None,
     temperature: TextTemperature = None,
     top_p: TextTopP = None,
@@ -279,6 +289,7 @@ def generate(
         images=image or [],
         out=out,
         candidates=candidates,
+        rank=rank.value,
         mode=mode.value,
         stop=None if stop is None else tuple(stop),
         max_images=max_images,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from jam.decode.candidates import draw_candidates
+from jam.decode.candidates import Rank, draw_candidates
 from jam.decode.engine import encode_images
 from jam.decode.options import SamplingOptions, default_options
 from jam.decode.stream import Reply, replies
@@ -38,6 +38,7 @@ def run_generate(
     images: Sequence[Path] = (),
     out: Path,
     candidates: int | None = None,
+    rank: Rank = "likelihood",
     **options: Said | None,
 ) -> Path:
     """Writes ``out/out.json`` (``[{"type": "text", "text": ...}, {"type": "image", "path": "image-0.png"}, ...]``).
@@ -48,6 +49,7 @@ def run_generate(
         out: a new or empty folder.
         candidates: images to draw in one batch and rank (``jam.decode.candidates``); their entries, best first, have
             ``score`` and ``guidance`` too.
+        rank: how the model ranks them.
         options: fields of :class:`jam.decode.engine.SamplingOptions`; None leaves the model's default.
 
     Returns:
@@ -66,9 +68,9 @@ def run_generate(
     check_drawable(bundle, settings)
     document = encode_images(bundle, Document(with_role(bundle, turn)))
     if candidates is not None:
-        found = draw_candidates(bundle, document, candidates, settings)
+        found = draw_candidates(bundle, document, candidates, settings, rank)
         write_replies(out, [(one.reply, {"score": one.score, "guidance": one.guidance}) for one in found])
-        print(f"{out / 'out.json'}: {len(found)} images, best first by the model's own likelihood ratio")
+        print(f"{out / 'out.json'}: {len(found)} images, best first by the model's own {rank}")
         return out
     (reply,) = replies(bundle, [document], settings)
     write_replies(out, [(reply, {})])

@@ -1,12 +1,15 @@
 """Several images for one prompt, in one batch, best first.
 
 Half are drawn under guidance with a nucleus, half by contrastive decoding: the two err differently, and CM3Leon's best
-results come from both (arXiv 2309.02591, section 3.1 and figure 4). A judge ranks them: CLIP where one is given, else
-the model itself by how much likelier the prompt makes the codes than nothing does, which costs no forward.
+results come from both (arXiv 2309.02591, section 3.1 and figure 4). A judge ranks them where one is given (CLIP, for
+one). Else the model does, from scores that it has computed anyway: by how likely its prompt makes the codes, or by the
+ratio of that to how likely nothing makes them. The ratio is what contrastive decoding maximises, and on the shipped
+model it puts the worst pictures first (docs/log.md).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from PIL.Image import Image
 
@@ -19,11 +22,13 @@ from jam.models.load import Bundle
 
 MOST = 64  # lanes that one prompt may take
 Judge = Callable[[Sequence[Image]], Sequence[float]]
+Rank = Literal["likelihood", "ratio"]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One image: a reply of mode ``image``, how it was drawn, and its score (higher is better)."""
+    """One image: a reply of mode ``image``, how it was drawn, and its score (higher is better; nats where the model
+    judged)."""
 
     reply: Reply
     guidance: str
@@ -31,15 +36,21 @@ class Candidate:
 
 
 def draw_candidates(
-    bundle: Bundle, prompt: Document, count: int, options: SamplingOptions, judge: Judge | None = None
+    bundle: Bundle,
+    prompt: Document,
+    count: int,
+    options: SamplingOptions,
+    rank: Rank = "likelihood",
+    judge: Judge | None = None,
 ) -> list[Candidate]:
     """``count`` replies of one image each, best first.
 
     Args:
         options: of the nucleus half, in mode ``image``; the other half differs in ``guidance``. One that searches with
             beams would give ``count`` equal images.
-        judge: scores of images; None takes the log ratio of the codes' likelihood under the prompt and under nothing,
-            in nats.
+        rank: what the model goes by without a judge: the log probability of the codes under the prompt, or what is left
+            of it when that under nothing is taken off.
+        judge: scores of images.
 
     Raises:
         GenerationError: a number out of range, beams, a greedy temperature, or more images than one a reply.
@@ -53,15 +64,20 @@ def draw_candidates(
         )
     if count > 1 and options.image_temperature == 0:
         raise GenerationError("candidates drawn without chance are all equal; raise image_temperature above 0")
+    if rank not in get_args(Rank):
+        raise GenerationError(f"rank is {rank!r}; required: {' or '.join(get_args(Rank))}; change it")
     contrastive = replace(options, guidance="cd_k", image_guidance_scale=None)
     each = [options if number % 2 == 0 else contrastive for number in range(count)]
     prompts = [prompt] * count
     job = prepare(bundle, prompts, each)
-    job.weigh = judge is None and job.prefix is not None
+    job.weigh = judge is None
     stream = ReplyStream(bundle, prompts, each)
     for step in run_job(bundle, job):
         stream.push(step)
     replies = [stream.reply(index) for index in range(count)]
-    scores = job.ratios if judge is None else judge([reply.images[0] for reply in replies])
+    if judge is not None:
+        scores = judge([reply.images[0] for reply in replies])
+    else:
+        scores = [full - nothing if rank == "ratio" else full for full, nothing in job.likelihoods]
     found = [Candidate(*parts) for parts in zip(replies, (own.guidance for own in each), scores, strict=True)]
     return sorted(found, key=lambda candidate: -candidate.score)

@@ -44,9 +44,9 @@ class Job:
     """A prepared call: prompts as ids, and of each row its settings, its grammar and its random numbers.
 
     ``prefix`` stands for "no condition" before the control that opens an image; ``kept`` are the prompts without their
-    text, for the third stream. Both are None where no row needs them. With ``weigh``, which needs a prefix, ``ratios``
-    holds after the run how much likelier each row's codes are under its prompt than under nothing (difference of log
-    probabilities, nats, over all its images).
+    text, for the third stream. Both are None where no row needs them. With ``weigh``,
+    ``likelihoods`` holds after the run the log probabilities of each row's codes under its prompt and under nothing
+    (nats, over all its images; the same twice without a prefix).
     """
 
     options: list[SamplingOptions]
@@ -58,10 +58,10 @@ class Job:
     tokenizer: TextTokenizer | None = None  # where a row has stop strings
     weigh: bool = False
     replies: list[list[int]] = field(init=False)
-    ratios: list[float] = field(init=False)
+    likelihoods: list[tuple[float, float]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.replies, self.ratios = [[] for _ in self.rows], [0.0] * len(self.rows)
+        self.replies, self.likelihoods = [[] for _ in self.rows], [(0.0, 0.0)] * len(self.rows)
         self._texts: dict[int, tuple[TextStream, StopText]] = {}
 
     def searches(self, index: int) -> bool:
@@ -300,7 +300,7 @@ class _Loop:
         self.searches: dict[int, Search] = {}
         self.lanes = {index: [index] for index in range(len(job.rows))}
         self.position = 0
-        self.ratios_N = torch.zeros(len(job.rows), dtype=torch.float64, device=self.device) if job.weigh else None
+        self.weights_N2 = torch.zeros(len(job.rows), 2, dtype=torch.float64, device=self.device) if job.weigh else None
 
     def run(self) -> Iterator[Step]:
         self.slots.prefill()
@@ -309,8 +309,8 @@ class _Loop:
                 yield from self._draw(codes)
             else:
                 yield from self._step()
-        if self.ratios_N is not None:
-            self.job.ratios = self.ratios_N.tolist()
+        if self.weights_N2 is not None:
+            self.job.likelihoods = [tuple(pair) for pair in self.weights_N2.tolist()]
 
     def _undisturbed(self) -> int:
         """Codes that every open row draws before any of them does something else; 0 where one writes or searches."""
@@ -408,10 +408,11 @@ class _Loop:
         return self._weighed(indices, scores, codes)
 
     def _weighed(self, indices: Sequence[int], scores: Scores, codes_N: Tensor) -> Tensor:
-        """The codes; how much likelier the prompt makes them goes to the rows' ratios."""
-        if self.ratios_N is not None:
-            full, nothing = (wide(part).double().log_softmax(-1) for part in (scores.full, scores.nothing))
-            self.ratios_N[list(indices)] += (full - nothing).gather(1, codes_N[:, None])[:, 0]
+        """The codes; what they weigh goes to the rows' likelihoods."""
+        if self.weights_N2 is not None:
+            nothing = scores.full if scores.nothing is None else scores.nothing
+            logs = [wide(part).double().log_softmax(-1) for part in (scores.full, nothing)]
+            self.weights_N2[list(indices)] += torch.cat([part.gather(1, codes_N[:, None]) for part in logs], 1)
         return codes_N
 
     def _text(self, indices: Sequence[int]) -> Tensor:

@@ -59,8 +59,8 @@ class SamplingOptions:
     guidance: Guidance = "cfg"
     guidance_scale: float = 3.0
     image_guidance_scale: float | None = None
-    cd_alpha: float = 0.1
-    cd_k: int = 5
+    cd_alpha: float = 0.6
+    cd_k: int = 2
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, list):  # as JSON has it

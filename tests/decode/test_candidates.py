@@ -38,15 +38,15 @@ def likelihood(bundle: Bundle, start: list[int], codes: tuple[int, ...]) -> floa
     return float(logits.log_softmax(-1)[range(len(codes)), list(codes)].sum())
 
 
-def test_the_score_is_the_ratio_of_whole_forwards(bundle: Bundle) -> None:
-    found = draw_candidates(bundle, PROMPT, 6, OPTIONS)
+@pytest.mark.parametrize("rank", ["likelihood", "ratio"])
+def test_the_score_is_that_of_whole_forwards(bundle: Bundle, rank: str) -> None:
+    found = draw_candidates(bundle, PROMPT, 6, OPTIONS, rank)
     start = render(PROMPT, bundle.vocabulary, bundle.text, complete=False).ids.tolist()
     prefix = [bundle.vocabulary.controls[name] for name in ("bos", "mask")]
     for candidate in found:
         codes = codes_of(candidate.reply)
-        assert candidate.score == pytest.approx(
-            likelihood(bundle, start, codes) - likelihood(bundle, prefix, codes), abs=1e-9
-        )
+        nothing = likelihood(bundle, prefix, codes) if rank == "ratio" else 0.0
+        assert candidate.score == pytest.approx(likelihood(bundle, start, codes) - nothing, abs=1e-9)
     assert [candidate.score for candidate in found] == sorted((c.score for c in found), reverse=True)
     assert sorted(candidate.guidance for candidate in found) == ["cd_k"] * 3 + ["cfg"] * 3
 
@@ -67,7 +67,7 @@ def test_a_judge_sees_the_images_and_decides(bundle: Bundle) -> None:
         seen.extend(images)
         return [float(number) for number in range(len(images))]
 
-    found = draw_candidates(bundle, PROMPT, 3, OPTIONS, judge)
+    found = draw_candidates(bundle, PROMPT, 3, OPTIONS, judge=judge)
     assert [candidate.score for candidate in found] == [2.0, 1.0, 0.0]
     assert [candidate.reply.images[0].tobytes() for candidate in found] == [image.tobytes() for image in seen[::-1]]
 
@@ -85,3 +85,5 @@ def test_a_judge_sees_the_images_and_decides(bundle: Bundle) -> None:
 def test_what_cannot_be_is_refused(bundle: Bundle, count: int, changes: dict, words: str) -> None:
     with pytest.raises(GenerationError, match=words):
         draw_candidates(bundle, PROMPT, count, replace(OPTIONS, **changes))
+    with pytest.raises(GenerationError, match="rank is 'best'; required: likelihood or ratio"):
+        draw_candidates(bundle, PROMPT, 2, OPTIONS, "best")
