@@ -51,6 +51,8 @@ def choose_codes(options: SamplingOptions, scores: Scores, uniforms_N: Tensor, u
     logits = guided(options, scores)
     if used_NK is not None:
         logits = sampling.repetition_penalty(logits, used_NK, options.image_repetition_penalty)
+    if options.image_temperature == 0:
+        return logits.argmax(dim=-1)  # what the rest would come to
     logits = sampling.temperature(logits, options.image_temperature)
     logits = sampling.top_p(sampling.top_k(logits, options.image_top_k), options.image_top_p)
     return sampling.sample(logits, uniforms_N)
@@ -67,7 +69,10 @@ def choose_text(
     logits = wide(logits_NV)
     if used_NV is not None:
         logits = sampling.repetition_penalty(logits, used_NV, options.text_repetition_penalty)
-    logits = sampling.temperature(sampling.restrict(logits, legal_NV), options.text_temperature)
+    logits = sampling.restrict(logits, legal_NV)
+    if options.text_temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = sampling.temperature(logits, options.text_temperature)
     logits = sampling.top_p(sampling.top_k(logits, options.text_top_k), options.text_top_p)
     return sampling.sample(logits, uniforms_N)
 

@@ -59,6 +59,30 @@ def test_generate_writes_images_in_order(fused: Path, tmp_path: Path, capsys: py
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.parametrize("rank", ["likelihood", "ratio"])
+def test_generate_ranks_candidates(fused: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rank: str) -> None:
+    out = tmp_path / "reply"
+    more = ["--mode", "image", "--candidates", "4", "--rank", rank, "--out", str(out), *SHORT]
+    assert main(["generate", str(fused), "--prompt", "draw a cat", *more]) == 0
+    entries = reply(out)
+    scores = [entry["score"] for entry in entries]
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) > 1
+    assert sorted(entry["guidance"] for entry in entries) == ["cd_k", "cd_k", "cfg", "cfg"]
+    assert [entry["path"] for entry in entries] == [f"image-{number}.png" for number in range(4)]
+    assert all((out / entry["path"]).is_file() for entry in entries)
+    assert f"4 images, best first by the model's own {rank}" in capsys.readouterr().out
+
+
+def test_generate_stops_before_a_string_and_takes_every_setting(fused: Path, tmp_path: Path) -> None:
+    settings = ["--mode", "free", "--guidance", "cd_k", "--image-top-k", "5", "--repetition-penalty", "1.2"]
+    every = [flag for letter in "abcdefghijklmnopqrstuvwxyz " for flag in ("--stop", letter)]
+    for name, stops in (("whole", []), ("cut", every)):
+        more = ["--out", str(tmp_path / name), *settings, *stops, *SHORT]
+        assert main(["generate", str(fused), "--prompt", "say it", *more]) == 0
+    said = ["".join(part.get("text", "") for part in reply(tmp_path / name)) for name in ("whole", "cut")]
+    assert len(said[1]) < len(said[0]) and not set(said[1]) & set("abcdefghijklmnopqrstuvwxyz ")
+
+
 def test_generate_text_mode_is_text(fused: Path, tmp_path: Path) -> None:
     assert main(["generate", str(fused), "--prompt", "hi", "--out", str(tmp_path / "a"), "--mode", "text", *SHORT]) == 0
     assert {entry["type"] for entry in reply(tmp_path / "a")} <= {"text"}
