@@ -20,6 +20,7 @@ Shapes: N rows, L lanes of the batch, V vocabulary, K codes.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from jam.decode.grammar import Kind, Phase, Row, Rules, Step
 from jam.decode.options import SamplingOptions, default_options
 from jam.decode.slots import Fed, Slots
 from jam.decode.stop import StopText
-from jam.document import CodesPart, Document
+from jam.document import Document
 from jam.errors import GenerationError
 from jam.models.load import Bundle
 from jam.tokens.render import render
@@ -164,10 +165,20 @@ def prepare(
         GenerationError: a prompt longer than the context, or no room for what the options ask; with the numbers.
     """
     each = options_of(bundle, prompts, options)
-    context, ids, rows = context_length(bundle), [], []
-    for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
+    rendered = [render(prompt, bundle.vocabulary, bundle.text, complete=False).ids.tolist() for prompt in prompts]
+    return prepare_ids(bundle, rendered, each, streams)
+
+
+def prepare_ids(
+    bundle: Bundle,
+    prompts: Sequence[list[int]],
+    options: Sequence[SamplingOptions],
+    streams: Sequence[int] | None = None,
+) -> Job:
+    """As ``prepare``, from ids that stand outside an image and one set of options a prompt."""
+    context, rows = context_length(bundle), []
+    for index, (tokens, own) in enumerate(zip(prompts, options, strict=True)):
         rules = Rules(bundle.vocabulary, own.mode, own.min_images, own.max_images)
-        tokens = render(prompt, bundle.vocabulary, bundle.text, complete=False).ids.tolist()
         where = f"prompt {index}: " if len(prompts) > 1 else ""
         left = context - len(tokens)
         if left < rules.needed_tokens:
@@ -180,10 +191,10 @@ def prepare(
                 f"max_tokens is {own.max_tokens}; a reply with {rules.needed_images} images needs "
                 f"{rules.needed_tokens} ({rules.image_tokens} an image and 1 to end); raise max_tokens"
             )
-        ids.append(tokens)
         rows.append(Row(rules, min(left, own.max_tokens)))
-    job = Job(each, ids, rows, list(range(len(ids)) if streams is None else streams), tokenizer=bundle.text)
-    guided_rows = [index for index, row in enumerate(rows) if each[index].guided and row.rules.may_draw]
+    numbers = list(range(len(rows)) if streams is None else streams)
+    job = Job(list(options), list(prompts), rows, numbers, tokenizer=bundle.text)
+    guided_rows = [index for index, row in enumerate(rows) if options[index].guided and row.rules.may_draw]
     if guided_rows:
         job.prefix = _unconditional_prefix(bundle)
         needed = len(job.prefix) + rows[0].rules.image_tokens
@@ -191,8 +202,8 @@ def prepare(
             raise GenerationError(
                 f"the model's context is {context}; guidance needs {needed} for one image; set guidance_scale to 1"
             )
-    if any(each[index].keeps_images for index in guided_rows):
-        job.kept = [[*job.prefix, *_images_of(bundle, prompt)] for prompt in prompts]
+    if any(options[index].keeps_images for index in guided_rows):
+        job.kept = [[*job.prefix, *_images_of(bundle, tokens)] for tokens in prompts]
         for index in guided_rows:
             rules, most = rows[index].rules, rows[index].room
             drawn = int(min(rules.most_images, most // rules.image_tokens)) * rules.image_tokens
@@ -204,14 +215,13 @@ def prepare(
     return job
 
 
-def _images_of(bundle: Bundle, prompt: Document) -> list[int]:
+def _images_of(bundle: Bundle, tokens: Sequence[int]) -> list[int]:
     """The ids of a prompt's images alone, each between its controls."""
     controls, span = bundle.vocabulary.controls, bundle.vocabulary.image_span
     found: list[int] = []
-    for part in prompt.parts:
-        if isinstance(part, CodesPart):
-            codes = [span.start + code for code in part.codes]
-            found += [controls["begin_image"], *codes, controls["end_image"]]
+    for is_code, run in groupby(tokens, lambda token: span.start <= token < span.stop):
+        if is_code:
+            found += [controls["begin_image"], *run, controls["end_image"]]
     return found
 
 

@@ -1,0 +1,79 @@
+"""jam's decoder under transformers' ``generate``.
+
+    bundle = load_bundle(folder)
+    ids = bundle.model.generate(input_ids, attention_mask=mask, custom_generate=custom_generate(bundle))
+
+transformers hands over ids and its generation config; what comes back are the prompts with their replies, padded on the
+right. Of its config only ``max_length`` (``max_new_tokens``) counts, as a bound: how to sample say
+:class:`jam.decode.options.SamplingOptions`, by modality. transformers does not hand on a streamer; give it here.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from jam.decode.engine import prepare_ids, run_job
+from jam.decode.options import SamplingOptions, default_options
+from jam.errors import GenerationError
+from jam.models.heads import next_heads
+from jam.models.load import Bundle
+from jam.tokens.render import IMAGE_HEAD
+
+
+def custom_generate(
+    bundle: Bundle, options: SamplingOptions | None = None, streamer: BaseStreamer | None = None
+) -> Callable[..., Tensor]:
+    """What ``model.generate`` takes as ``custom_generate``.
+
+    Args:
+        bundle: the model's folder as ``load_bundle`` reads it; where ``generate`` is another model's, that one runs.
+        options: None takes the model's defaults.
+        streamer: takes the prompt and then every id; for one prompt, as transformers' own.
+
+    Raises:
+        GenerationError: when called, as ``jam.decode.engine.prepare``; a prompt that ends inside an image; a streamer
+            and several prompts.
+    """
+    chosen = default_options(bundle) if options is None else options
+
+    def generate(
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        generation_config: GenerationConfig | None = None,
+        **given: Any,  # a parameter of another name than transformers' own loops have would be given twice
+    ) -> Tensor:
+        attention_mask = given.get("attention_mask")
+        own = bundle if model is bundle.model else replace(bundle, model=model)
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompts = [ids[seen.bool()].tolist() for ids, seen in zip(input_ids.cpu(), real.cpu(), strict=True)]
+        for index, ids in enumerate(prompts):
+            if not ids or next_heads(torch.tensor([ids]), own.vocabulary)[0, -1] == IMAGE_HEAD:
+                state = "ends inside an image" if ids else "is empty"
+                raise GenerationError(
+                    f"prompt {index} {state}; required: ids that end outside one, as jam.tokens.render writes them; "
+                    "leave the control that opens an image to mode image"
+                )
+        if streamer is not None and len(prompts) > 1:
+            raise GenerationError(f"a streamer takes one prompt, there are {len(prompts)}; leave it out")
+        room = chosen.max_tokens
+        if generation_config is not None and generation_config.max_length is not None:
+            room = min(room, generation_config.max_length - input_ids.shape[1])
+        job = prepare_ids(own, prompts, [replace(chosen, max_tokens=max(1, room))] * len(prompts))
+        if streamer is not None:
+            streamer.put(input_ids)
+        for step in run_job(own, job):
+            if streamer is not None:
+                streamer.put(torch.tensor([step.token]))
+        if streamer is not None:
+            streamer.end()
+        pad = own.vocabulary.controls.get("pad", own.vocabulary.controls["eos"])
+        longest = max(len(reply) for reply in job.replies)
+        replies = [[*reply, *[pad] * (longest - len(reply))] for reply in job.replies]
+        return torch.cat([input_ids, torch.tensor(replies, device=input_ids.device)], dim=1)
+
+    return generate
