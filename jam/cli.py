@@ -22,7 +22,7 @@ from typing import Annotated
 import typer
 
 from jam import __version__
-from jam.errors import JamError, message_lines, printable
+from jam.errors import JamError, RecipeError, message_lines, printable
 
 app = typer.Typer(
     help="Fuse an image-text model with a text LLM, train the result, talk to it in text and images.",
@@ -159,6 +159,10 @@ def merge(
     if out is None and path is None and method and not any(o.startswith("out=") for o in overrides):
         out = Path("runs") / f"merged-{method}"  # where the shipped recipes look for it
     options = {"method": method, "text": text, "image": image, "image_tokenizer": image_tokenizer, "out": out}
+    said = {override.partition("=")[0] for override in overrides}
+    if twice := [key for key, value in options.items() if value is not None and key in said]:
+        flag = twice[0].replace("_", "-")
+        raise RecipeError(f"--{flag} and {twice[0]}=... are both given; one of them is required, leave the other out")
     given = [
         f"{key}={json.dumps(str(value), ensure_ascii=False)}" for key, value in options.items() if value is not None
     ]
@@ -263,7 +267,7 @@ def generate(
         list[str] | None, typer.Option(help="A string before which the reply ends; may be repeated.")
     ] = None,
     candidates: Annotated[
-        int | None, typer.Option(min=1, help="Images to draw and rank for one prompt, in mode image; best first.")
+        int | None, typer.Option(min=1, help="Images to draw by chance and rank for one prompt; best first.")
     ] = None,
     rank: Annotated[
         Rank, typer.Option(help="Rank candidates by how likely the prompt makes them, or by its ratio to no prompt.")

@@ -47,8 +47,8 @@ def run_generate(
         path: a model folder; None takes the shipped default.
         prompt: the user's text; each ``<image>`` in it stands for one of ``images``, without any they come first.
         out: a new or empty folder.
-        candidates: images to draw in one batch and rank (``jam.decode.candidates``); their entries, best first, have
-            ``score`` and ``guidance`` too.
+        candidates: images to draw in one batch and rank (``jam.decode.candidates``), in mode ``image`` whatever
+            ``options`` say; their entries, best first, have ``score`` and ``guidance`` too.
         rank: how the model ranks them.
         options: fields of :class:`jam.decode.engine.SamplingOptions`; None leaves the model's default.
 
@@ -60,6 +60,10 @@ def run_generate(
     """
     out = Path(os.path.abspath(out))
     check_output(out)
+    if candidates is not None:  # images drawn by chance, where nothing else is said
+        options |= {"mode": "image", "max_images": 1}
+        if options.get("image_temperature") is None and options.get("image_beams") is None:
+            options["image_temperature"] = 1.0
     turn = user_turn(prompt, [open_image(Path(image)) for image in images])
     said = said_options(**options)
     bundle = load_bundle(model_folder(path))

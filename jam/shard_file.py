@@ -38,7 +38,8 @@ class ShardFile:
         try:
             self._file = FileIO(self.path, "w", opener=lambda path, flags: os.open(path, flags | PAST_CACHE, 0o666))
         except OSError as error:
-            if error.errno != errno.EINVAL:  # what a file system says that writes through its cache only
+            # what file systems say that write through their cache only
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
             self._file = FileIO(self.path, "w")
         self._hash = StreamHash() if self.hashed else None
@@ -68,6 +69,7 @@ class ShardFile:
             except OSError as error:
                 # of a direct write: this disk's blocks are larger than a page, or a short write ended inside one
                 if error.errno != errno.EINVAL or not self._through_cache():
+                    error.filename = str(self.path)
                     raise
 
     def _through_cache(self) -> bool:

@@ -46,8 +46,7 @@ def draw_candidates(
     """``count`` replies of one image each, best first.
 
     Args:
-        options: of the nucleus half, in mode ``image``; the other half differs in ``guidance``. One that searches with
-            beams would give ``count`` equal images.
+        options: of the nucleus half, in mode ``image``; the other half differs in ``guidance``. ``image_beams`` 1.
         rank: what the model goes by without a judge: the log probability of the codes under the prompt, or what is left
             of it when that under nothing is taken off.
         judge: scores of images.
@@ -57,19 +56,24 @@ def draw_candidates(
     """
     if not 1 <= count <= MOST:
         raise GenerationError(f"candidates is {count}; required: from 1 to {MOST}; change it")
+    if options.image_beams > 1 or (count > 1 and options.image_temperature == 0):
+        raise GenerationError(
+            f"image_beams is {options.image_beams} and image_temperature {options.image_temperature}; candidates are "
+            "drawn by chance, use image_beams 1 and an image_temperature above 0"
+        )
     if options.mode != "image" or options.max_images != 1:
         raise GenerationError(
             f"candidates are replies of one image, the mode is {options.mode} and max_images {options.max_images}; use "
             "mode image and max_images 1"
         )
-    if count > 1 and options.image_temperature == 0:
-        raise GenerationError("candidates drawn without chance are all equal; raise image_temperature above 0")
     if rank not in get_args(Rank):
         raise GenerationError(f"rank is {rank!r}; required: {' or '.join(get_args(Rank))}; change it")
     contrastive = replace(options, guidance="cd_k", image_guidance_scale=None)
     each = [options if number % 2 == 0 else contrastive for number in range(count)]
     prompts = [prompt] * count
     job = prepare(bundle, prompts, each)
+    if judge is None and rank == "ratio" and job.prefix is None:
+        raise GenerationError("rank is ratio and nothing guides the image; use rank likelihood, or a guidance_scale")
     job.weigh = judge is None
     stream = ReplyStream(bundle, prompts, each)
     for step in run_job(bundle, job):

@@ -204,7 +204,7 @@ def prepare_ids(
             )
     if any(options[index].keeps_images for index in guided_rows):
         job.kept = [[*job.prefix, *_images_of(bundle, tokens)] for tokens in prompts]
-        for index in guided_rows:
+        for index in range(len(rows)):  # it runs under all
             rules, most = rows[index].rules, rows[index].room
             drawn = int(min(rules.most_images, most // rules.image_tokens)) * rules.image_tokens
             if len(job.kept[index]) + drawn > context:
@@ -453,8 +453,7 @@ def _reading(tokens_L: Tensor) -> Callable[[], list[int]]:
         return tokens_L.tolist
     host = torch.empty(tokens_L.shape, dtype=tokens_L.dtype, pin_memory=True)
     host.copy_(tokens_L, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
+    done = torch.cuda.current_stream(tokens_L.device).record_event()
 
     def read() -> list[int]:
         done.synchronize()

@@ -98,6 +98,12 @@ class SamplingOptions:
             f"0 with image_beams {self.image_beams}, which search for the likeliest image and draw nothing by chance",
         )
         _check(
+            "image_repetition_penalty",
+            self.image_repetition_penalty,
+            self.image_beams == 1 or self.image_repetition_penalty == 1,
+            f"1 with image_beams {self.image_beams}, whose images are compared by likelihood alone",
+        )
+        _check(
             "image_guidance_scale",
             self.image_guidance_scale,
             self.image_guidance_scale is None or self.guidance == "cfg",

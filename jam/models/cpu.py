@@ -52,11 +52,12 @@ def pack(model: nn.Module, heads: Collection[nn.Module] = ()) -> bool:
         packed = Rows(module.weight, module.bias, pack=True)
         packed.weight = module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
         module.forward = MethodType(lambda _, x, packed=packed: packed(x), module)
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == "sdpa":
-            config._attn_implementation = WIDE  # set_attn_implementation would also change a tower that wants another
-    model.jam_packed = True
+    # a configuration hands what it is told on to those inside it, which want their own (Gemma2's is eager): outer first
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    own_ways = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
+    for config, way in own_ways:
+        config._attn_implementation = WIDE if way == "sdpa" else way
+    model.jam_packed, model.jam_wide = True, all(way == "sdpa" for _, way in own_ways)
     return True
 
 
@@ -65,8 +66,8 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def attention_dtype(model: nn.Module) -> torch.dtype | None:
-    """What keys and values are best kept in; None is the network's own."""
-    return torch.float32 if is_packed(model) else None
+    """What keys and values are best kept in; None is the network's own, which attention that is not widened needs."""
+    return torch.float32 if getattr(model, "jam_wide", False) else None
 
 
 def wide_attention(

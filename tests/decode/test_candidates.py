@@ -79,11 +79,14 @@ def test_a_judge_sees_the_images_and_decides(bundle: Bundle) -> None:
         (65, {}, "candidates is 65"),
         (2, {"mode": "interleaved"}, "the mode is interleaved"),
         (2, {"max_images": 2}, "max_images 2"),
-        (2, {"image_temperature": 0.0}, "all equal"),
+        (2, {"image_temperature": 0.0}, "drawn by chance"),
+        (1, {"image_temperature": 0.0, "image_beams": 4}, "image_beams is 4"),
     ],
 )
 def test_what_cannot_be_is_refused(bundle: Bundle, count: int, changes: dict, words: str) -> None:
     with pytest.raises(GenerationError, match=words):
         draw_candidates(bundle, PROMPT, count, replace(OPTIONS, **changes))
+    with pytest.raises(GenerationError, match="rank is ratio and nothing guides"):
+        draw_candidates(bundle, PROMPT, 1, replace(OPTIONS, guidance_scale=1.0), "ratio")
     with pytest.raises(GenerationError, match="rank is 'best'; required: likelihood or ratio"):
         draw_candidates(bundle, PROMPT, 2, OPTIONS, "best")

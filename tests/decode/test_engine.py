@@ -47,6 +47,17 @@ def prompt(tokens: int) -> Document:
         ({"max_tokens": 0}, ["max_tokens is 0"]),
         ({"guidance_scale": math.inf}, ["guidance_scale is inf"]),
         ({"seed": -1}, ["seed is -1"]),
+        ({"text_top_k": 0}, ["text_top_k is 0", "at least 1, or none"]),
+        ({"text_repetition_penalty": 0.0}, ["text_repetition_penalty is 0.0", "1 is off"]),
+        ({"guidance": "none"}, ["guidance is 'none'", "cfg or cd_k"]),
+        ({"cd_alpha": 1.5}, ["cd_alpha is 1.5", "from 0 to 1"]),
+        ({"cd_k": 0}, ["cd_k is 0", "plain contrastive"]),
+        ({"image_guidance_scale": -1.0}, ["image_guidance_scale is -1.0", "0 to 1000"]),
+        ({"image_guidance_scale": 2.0, "guidance": "cd_k"}, ["image_guidance_scale is 2.0", "none with guidance cd_k"]),
+        (
+            {"image_beams": 2, "image_temperature": 0.0, "image_repetition_penalty": 2.0},
+            ["image_repetition_penalty is 2.0", "1 with image_beams 2"],
+        ),
     ],
 )
 def test_options_refuse_bad_values(changes: dict, words: list[str]) -> None:

@@ -62,7 +62,7 @@ def test_generate_writes_images_in_order(fused: Path, tmp_path: Path, capsys: py
 @pytest.mark.parametrize("rank", ["likelihood", "ratio"])
 def test_generate_ranks_candidates(fused: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rank: str) -> None:
     out = tmp_path / "reply"
-    more = ["--mode", "image", "--candidates", "4", "--rank", rank, "--out", str(out), *SHORT]
+    more = ["--candidates", "4", "--rank", rank, "--out", str(out), *SHORT]
     assert main(["generate", str(fused), "--prompt", "draw a cat", *more]) == 0
     entries = reply(out)
     scores = [entry["score"] for entry in entries]

@@ -300,3 +300,11 @@ def test_the_output_folder_defaults_to_where_the_shipped_recipes_look(tmp_path, 
     assert main(["merge", "--method", "cross", "--text", str(text), "--image", str(image)]) == 0
     assert (tmp_path / "runs/merged-cross/config.json").exists()
     assert "model: runs/merged-cross" in (Path(__file__).parents[2] / "recipes/pretrain.yaml").read_text()
+
+
+def test_a_flag_and_its_override_are_not_both_taken(pair: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+    more = [f"out={tmp_path / 'second'}"]
+    assert main([*command(pair, tmp_path / "first", "cross"), *more]) == 2
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert len(printed) == 1 and "--out and out=... are both given" in printed[0]
+    assert not list(tmp_path.glob("first")) and not list(tmp_path.glob("second"))

@@ -9,8 +9,10 @@ from jam.decode.engine import generate
 from jam.decode.options import SamplingOptions
 from jam.document import Document, TextPart
 from jam.models.cpu import WIDE, Rows, is_packed, pack, wide_attention
-from jam.models.load import Bundle
+from jam.models.load import Bundle, load_bundle
 from tests.decode.bundles import cross_bundle, plain_bundle
+from tests.tiny import tiny_pair
+from tests.tiny_cross import tiny_cross
 
 PROMPTS = [Document((TextPart("draw a cat", "user"),)), Document((TextPart("on the"),))]
 
@@ -56,6 +58,31 @@ def test_a_packed_family_says_the_same(tmp_path: Path, family: str) -> None:
     assert bundle.pack() and is_packed(bundle.model)
     assert list(generate(bundle, PROMPTS, options)) == dense
     assert bundle.model.config._attn_implementation == (before if before == "eager" else WIDE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("families", [("gemma2", "opt"), ("llama", "gemma2")])
+def test_a_tower_keeps_the_attention_that_it_needs(tmp_path: Path, families: tuple[str, str], dtype) -> None:
+    """Gemma2's is eager, which is not widened: its keys stay in its own type, in a network of their own too."""
+    text, image = tiny_pair(tmp_path, text_family=families[0], image_family=families[1])
+    bundle = load_bundle(tiny_cross(tmp_path / "fused", text, image, gate=0.5), dtype)
+    ways = [tower.config._attn_implementation for tower in (bundle.model.text, bundle.model.image)]
+    assert sorted(ways) == ["eager", "sdpa"]
+    options = SamplingOptions(max_tokens=30, min_images=1, text_temperature=0.0, image_temperature=0.0)
+    dense = list(generate(bundle, PROMPTS, options))
+    if not bundle.pack():
+        pytest.skip(f"this CPU packs no {dtype}")
+    found = [tower.config._attn_implementation for tower in (bundle.model.text, bundle.model.image)]
+    assert found == [WIDE if way == "sdpa" else "eager" for way in ways]
+    packed = list(generate(bundle, PROMPTS, options))
+    assert dtype == torch.bfloat16 or packed == dense
+
+
+def test_an_eager_network_of_half_precision_is_packed_too(tmp_path: Path) -> None:
+    bundle = plain_bundle(tmp_path, torch.bfloat16, family="gemma2")
+    if not bundle.pack():
+        pytest.skip("this CPU packs no bfloat16")
+    assert list(generate(bundle, PROMPTS, SamplingOptions(max_tokens=20, min_images=1)))
 
 
 def test_the_dense_weights_are_let_go(tmp_path: Path) -> None:
