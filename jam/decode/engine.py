@@ -310,6 +310,7 @@ class _Loop:
         self.searches: dict[int, Search] = {}
         self.lanes = {index: [index] for index in range(len(job.rows))}
         self.position = 0
+        self._index: tuple[tuple[int, ...], Tensor] | None = None
         self.weights_N2 = torch.zeros(len(job.rows), 2, dtype=torch.float64, device=self.device) if job.weigh else None
 
     def run(self) -> Iterator[Step]:
@@ -397,18 +398,25 @@ class _Loop:
             chosen |= dict(zip(writing, self._text(writing).tolist(), strict=True))
         return chosen
 
-    def _groups(self, indices: Sequence[int]) -> list[tuple[SamplingOptions, list[int]]]:
-        """Which of some rows are sampled alike: the options, and places in ``indices``."""
+    def _groups(self, indices: Sequence[int]) -> list[tuple[SamplingOptions, Tensor]]:
+        """Which of some rows are sampled alike: the options, and places in ``indices`` on the device."""
         groups: dict[SamplingOptions, list[int]] = {}
         for place, index in enumerate(indices):
             groups.setdefault(self.job.options[index], []).append(place)
-        return list(groups.items())
+        return [(options, torch.tensor(at, device=self.device)) for options, at in groups.items()]
 
-    def _codes(self, indices: Sequence[int], groups: list[tuple[SamplingOptions, list[int]]]) -> Tensor:
+    def _at(self, indices: Sequence[int]) -> Tensor:
+        """Rows as an index on the device, copied there when they change and not at every code."""
+        key = tuple(indices)
+        if self._index is None or self._index[0] != key:
+            self._index = key, torch.tensor(key, device=self.device)
+        return self._index[1]
+
+    def _codes(self, indices: Sequence[int], groups: list[tuple[SamplingOptions, Tensor]]) -> Tensor:
         """int64 [N]: the numbers of the next codes."""
         scores = self.slots.code_scores([self.lanes[index][0] for index in indices])
         used_NK = self.job.used_codes(indices, self.device)
-        draws_N = self.uniforms[list(indices), self.position]
+        draws_N = self.uniforms[self._at(indices), self.position]
         if len(groups) == 1:
             return self._weighed(indices, scores, choose_codes(groups[0][0], scores, draws_N, used_NK))
         codes = torch.empty(len(indices), dtype=torch.int64, device=self.device)
@@ -422,7 +430,7 @@ class _Loop:
         if self.weights_N2 is not None:
             nothing = scores.full if scores.nothing is None else scores.nothing
             logs = [wide(part).double().log_softmax(-1) for part in (scores.full, nothing)]
-            self.weights_N2[list(indices)] += torch.cat([part.gather(1, codes_N[:, None]) for part in logs], 1)
+            self.weights_N2[self._at(indices)] += torch.cat([part.gather(1, codes_N[:, None]) for part in logs], 1)
         return codes_N
 
     def _text(self, indices: Sequence[int]) -> Tensor:
@@ -431,7 +439,7 @@ class _Loop:
         size = logits_NV.shape[-1]
         legal_NV = torch.stack([self._legal(self.job.rows[index], size) for index in indices])
         used_NV = self.job.used_text(indices, size, self.device)
-        draws_N = self.uniforms[list(indices), self.position]
+        draws_N = self.uniforms[self._at(indices), self.position]
         tokens = torch.empty(len(indices), dtype=torch.int64, device=self.device)
         for options, at in self._groups(indices):
             own = None if used_NV is None else used_NV[at]

@@ -96,6 +96,8 @@ class Slots:
         for row, ids in enumerate(starts):
             self.seen_BS[row, self.width - len(ids) : self.width] = True
         self.next_B = torch.tensor([len(ids) for ids in starts], device=self.device)
+        self.prefix_S = torch.zeros_like(self.seen_BS[0])
+        self.prefix_S[self.width - self.prefix : self.width] = True
         self.filled = self.width
         rows = torch.tensor(places[: self.lanes], device=self.device)
         self.states = tuple(part[rows] for part in states)
@@ -124,10 +126,8 @@ class Slots:
         ids, live = [tokens_L], [torch.ones_like(fed.code)]
         if len(self.streams) > 1:
             nothing = slice(lanes, 2 * lanes)
-            prefix_S = torch.zeros_like(self.seen_BS[0])
-            prefix_S[self.width - self.prefix : self.width] = True
             # back to the prefix: earlier images and the text between stay hidden
-            self.seen_BS[nothing] = torch.where(fed.opens[:, None], prefix_S, self.seen_BS[nothing])
+            self.seen_BS[nothing] = torch.where(fed.opens[:, None], self.prefix_S, self.seen_BS[nothing])
             self.next_B[nothing] = torch.where(fed.opens, self.prefix, self.next_B[nothing])
             live.append(fed.opens | fed.code)
         if len(self.streams) > 2:
