@@ -19,8 +19,9 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
 from jam.decode import engine
-from jam.decode.engine import Job, run_job
+from jam.decode.engine import run_job
 from jam.decode.grammar import Row, Rules
+from jam.decode.job import Job
 from jam.decode.options import SamplingOptions
 from jam.memory import keep_freed_memory
 from jam.models.load import Bundle, quiet_transformers

@@ -20,8 +20,9 @@ from PIL.Image import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from jam.decode.engine import context_length, encode_images, generate
+from jam.decode.engine import generate
 from jam.decode.grammar import Rules
+from jam.decode.job import context_length, encode_images
 from jam.decode.options import SamplingOptions, default_options
 from jam.decode.stream import Event, ImageDone, ImageProgress, ImageStart, ReplyStream, Stop, TextDelta
 from jam.document import CodesPart, Document, Part, TextPart
@@ -271,7 +272,7 @@ def run_chat(
         path: a model folder; None takes the shipped default.
         out: images and saved conversations go to ``out/chat-<time>/``.
         images_inline: False prints the paths of images alone.
-        options: fields of :class:`jam.decode.engine.SamplingOptions`; None leaves the model's default.
+        options: fields of :class:`jam.decode.options.SamplingOptions`; None leaves the model's default.
 
     Raises:
         JamError: the model cannot be loaded or cannot chat. What goes wrong in a turn is printed instead.

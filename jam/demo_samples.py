@@ -11,7 +11,8 @@ from PIL import Image
 
 from finetune import mini_data
 from finetune.sources import mini_codes
-from jam.decode.engine import encode_images, generate
+from jam.decode.engine import generate
+from jam.decode.job import encode_images
 from jam.decode.options import SamplingOptions, default_options
 from jam.decode.stream import Reply, ReplyStream
 from jam.demo_bench import Advance, Settings

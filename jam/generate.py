@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL.Image import Image
 
 from jam.decode.candidates import Rank, draw_candidates
-from jam.decode.engine import encode_images
+from jam.decode.job import encode_images
 from jam.decode.options import SamplingOptions, default_options
 from jam.decode.stream import Reply, replies
 from jam.document import Document, ImagePart, Part, Role, TextPart
@@ -50,7 +50,7 @@ def run_generate(
         candidates: images to draw in one batch and rank (``jam.decode.candidates``), in mode ``image`` whatever
             ``options`` say; their entries, best first, have ``score`` and ``guidance`` too.
         rank: how the model ranks them.
-        options: fields of :class:`jam.decode.engine.SamplingOptions`; None leaves the model's default.
+        options: fields of :class:`jam.decode.options.SamplingOptions`; None leaves the model's default.
 
     Returns:
         ``out``.

@@ -13,7 +13,8 @@ from typing import Literal, get_args
 
 from PIL.Image import Image
 
-from jam.decode.engine import prepare, run_job
+from jam.decode.engine import run_job
+from jam.decode.job import prepare
 from jam.decode.options import SamplingOptions
 from jam.decode.stream import Reply, ReplyStream
 from jam.document import Document

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from jam.decode.engine import prepare_ids, run_job
+from jam.decode.engine import run_job
+from jam.decode.job import prepare_ids
 from jam.decode.options import SamplingOptions, default_options
 from jam.errors import GenerationError
 from jam.models.heads import next_heads
@@ -36,7 +37,7 @@ def custom_generate(
         streamer: takes the prompt and then every id; for one prompt, as transformers' own.
 
     Raises:
-        GenerationError: when called, as ``jam.decode.engine.prepare``; a prompt that ends inside an image; a streamer
+        GenerationError: when called, as ``jam.decode.job.prepare``; a prompt that ends inside an image; a streamer
             and several prompts.
     """
     chosen = default_options(bundle) if options is None else options

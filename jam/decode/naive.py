@@ -14,8 +14,9 @@ from torch import Tensor
 
 from jam.decode import sampling
 from jam.decode.choose import Scores, choose_codes, choose_text
-from jam.decode.engine import Job, Options, Search, prepare
+from jam.decode.engine import Search
 from jam.decode.grammar import Phase, Step
+from jam.decode.job import Job, Options, prepare
 from jam.document import Document
 from jam.models.heads import next_heads
 from jam.models.load import Bundle

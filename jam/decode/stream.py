@@ -13,8 +13,9 @@ from typing import Literal
 import numpy as np
 from PIL.Image import Image
 
-from jam.decode.engine import Options, generate, options_of
+from jam.decode.engine import generate
 from jam.decode.grammar import Kind, Step, StopReason
+from jam.decode.job import Options, options_of
 from jam.decode.stop import StopText
 from jam.document import CodesPart, Document, Part, Role, TextPart
 from jam.models.load import Bundle

@@ -48,7 +48,7 @@ class Bundle:
     Attributes:
         image: None for a model that makes no images, or whose images jam cannot write down (``Vocabulary.framed``).
         unconditional: names of the controls that stand for "no condition" before an image.
-        sampling: the model's own defaults of ``jam.decode.engine.SamplingOptions``.
+        sampling: the model's own defaults of ``jam.decode.options.SamplingOptions``.
     """
 
     path: Path

@@ -207,7 +207,7 @@ class JamFile:
 
     ``unconditional`` names the controls that stand for "no condition" before an image (classifier-free guidance);
     ``image_tokenizer`` is a subfolder, or None for a text model; ``fusion`` is the merge's record or None; ``sampling``
-    holds the model's own defaults of ``jam.decode.engine.SamplingOptions``.
+    holds the model's own defaults of ``jam.decode.options.SamplingOptions``.
     """
 
     vocabulary: Vocabulary

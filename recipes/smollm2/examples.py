@@ -15,7 +15,7 @@ from PIL.Image import Image
 
 from finetune import mini_data
 from jam.assets import DATA
-from jam.decode.engine import encode_images
+from jam.decode.job import encode_images
 from jam.decode.options import default_options
 from jam.decode.stream import Reply, replies
 from jam.document import Document, Part, TextPart, from_messages

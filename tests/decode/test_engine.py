@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from jam.decode.engine import encode_images, generate
+from jam.decode.engine import generate
 from jam.decode.grammar import Kind
+from jam.decode.job import encode_images
 from jam.decode.options import SamplingOptions, default_options
 from jam.document import Document, ImagePart, TextPart
 from jam.errors import DataError, GenerationError

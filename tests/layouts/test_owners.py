@@ -10,7 +10,7 @@ from transformers import Emu3VQVAE
 
 from jam import layouts
 from jam.checkpoint import WEIGHTS
-from jam.decode.engine import prepare
+from jam.decode.job import prepare
 from jam.decode.options import SamplingOptions
 from jam.document import Document, TextPart
 from jam.errors import CheckpointError, DataError, GenerationError, MergeError

@@ -1,0 +1,221 @@
+"""A call before it runs: prompts as ids, what each row may say and how it is drawn, and every check that can be made.
+
+Nothing here runs a network. Shapes: N rows, V vocabulary, K codes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from jam.decode import sampling
+from jam.decode.choose import used
+from jam.decode.grammar import Kind, Phase, Row, Rules, Step
+from jam.decode.options import SamplingOptions, default_options
+from jam.decode.stop import StopText
+from jam.document import Document
+from jam.errors import GenerationError
+from jam.models.load import Bundle
+from jam.tokens.render import render
+from jam.tokens.text import TextStream, TextTokenizer
+
+Options = SamplingOptions | Sequence[SamplingOptions] | None
+
+
+@dataclass
+class Job:
+    """A prepared call: prompts as ids, and of each row its settings, its grammar and its random numbers.
+
+    ``prefix`` stands for "no condition" before the control that opens an image; ``kept`` are the prompts without their
+    text, for the third stream. Both are None where no row needs them. With ``weigh``,
+    ``likelihoods`` holds after the run the log probabilities of each row's codes under its prompt and under nothing
+    (nats, over all its images; the same twice without a prefix).
+    """
+
+    options: list[SamplingOptions]
+    prompts: list[list[int]]
+    rows: list[Row]
+    streams: list[int]
+    prefix: list[int] | None = None
+    kept: list[list[int]] | None = None
+    tokenizer: TextTokenizer | None = None  # where a row has stop strings
+    weigh: bool = False
+    replies: list[list[int]] = field(init=False)
+    likelihoods: list[tuple[float, float]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.replies, self.likelihoods = [[] for _ in self.rows], [(0.0, 0.0)] * len(self.rows)
+        self._texts: dict[int, tuple[TextStream, StopText]] = {}
+
+    def searches(self, index: int) -> bool:
+        """Whether a row is inside an image that beams search for."""
+        return self.options[index].image_beams > 1 and self.rows[index].phase is Phase.IMAGE
+
+    def take(self, tokens: dict[int, int], position: int) -> list[Step]:
+        """Advances the rows by their tokens."""
+        steps = []
+        for index, token in tokens.items():
+            kind = self.rows[index].advance(token)
+            self.replies[index].append(token)
+            if self.options[index].stop:
+                self._look(index, token, kind)
+            steps.append(Step(index, position, token, kind, self.rows[index].stop))
+        return steps
+
+    def _look(self, index: int, token: int, kind: Kind) -> None:
+        """Ends a row whose text holds a stop string, unless it still owes images."""
+        if kind is not Kind.TEXT:
+            self._texts.pop(index, None)  # an image parts stretches of text
+            return
+        if index not in self._texts:
+            self._texts[index] = TextStream(self.tokenizer), StopText(self.options[index].stop)
+        stream, text = self._texts[index]
+        text.push(stream.push(token))
+        if text.found and not self.rows[index].owed:
+            self.rows[index].end()
+        elif text.found:
+            text.flush()
+
+    def open_rows(self) -> list[int]:
+        return [index for index, row in enumerate(self.rows) if row.phase is not Phase.DONE]
+
+    def uniforms(self) -> Tensor:
+        """float64 [N, tokens of the longest reply possible]."""
+        count = max(row.room for row in self.rows)
+        draws = zip(self.options, self.streams, strict=True)
+        return torch.stack([torch.from_numpy(sampling.uniforms(own.seed, row, count)) for own, row in draws])
+
+    def used_codes(self, indices: Sequence[int], device: torch.device) -> Tensor | None:
+        """bool [N, K]: the codes that each row's image at hand has; None where no row minds."""
+        if all(self.options[index].image_repetition_penalty == 1 for index in indices):
+            return None
+        vocabulary = self.rows[indices[0]].rules.vocabulary
+        last = [self.replies[index][len(self.replies[index]) - self.rows[index].codes :] for index in indices]
+        codes = [[token - vocabulary.image_span.start for token in ids] for ids in last]
+        return used(codes, vocabulary.codebook_size, device)
+
+    def used_text(self, indices: Sequence[int], size: int, device: torch.device) -> Tensor | None:
+        """bool [N, V]: the text that each row's prompt and reply have; None where no row minds."""
+        if all(self.options[index].text_repetition_penalty == 1 for index in indices):
+            return None
+        text = self.rows[indices[0]].rules.is_text
+        flags = used([[*self.prompts[index], *self.replies[index]] for index in indices], size, torch.device("cpu"))
+        flags[:, : len(text)] &= text
+        return flags.to(device)
+
+
+def context_length(bundle: Bundle) -> int:
+    """Tokens that prompt and reply may have together."""
+    return bundle.max_positions
+
+
+def encode_images(bundle: Bundle, document: Document) -> Document:
+    """The document with its pixels as codes.
+
+    Raises:
+        GenerationError: there are pixels, and this model has no image tokenizer.
+    """
+
+    def encode(images: list) -> list[tuple[int, ...]]:
+        if bundle.image is None:
+            raise GenerationError(
+                f"{bundle.path}: the prompt holds {len(images)} images and this model has no image tokenizer; "
+                "leave the images out or use a model that reads images"
+            )
+        return [tuple(row) for row in bundle.image.encode(images).tolist()]
+
+    return document.with_codes(encode)
+
+
+def options_of(bundle: Bundle, prompts: Sequence[Document], options: Options) -> list[SamplingOptions]:
+    """The options of every prompt. Raises GenerationError for another number of them than of prompts."""
+    options = default_options(bundle) if options is None else options
+    each = [options] * len(prompts) if isinstance(options, SamplingOptions) else list(options)
+    if len(each) != len(prompts):
+        raise GenerationError(
+            f"there are {len(prompts)} prompts and {len(each)} options; required: one for all, or one a prompt"
+        )
+    return each
+
+
+def prepare(
+    bundle: Bundle, prompts: Sequence[Document], options: Options = None, streams: Sequence[int] | None = None
+) -> Job:
+    """Prompts to ids, with every check that can be made before the first forward; arguments as ``generate``.
+
+    Raises:
+        GenerationError: a prompt longer than the context, or no room for what the options ask; with the numbers.
+    """
+    each = options_of(bundle, prompts, options)
+    rendered = [render(prompt, bundle.vocabulary, bundle.text, complete=False).ids.tolist() for prompt in prompts]
+    return prepare_ids(bundle, rendered, each, streams)
+
+
+def prepare_ids(
+    bundle: Bundle,
+    prompts: Sequence[list[int]],
+    options: Sequence[SamplingOptions],
+    streams: Sequence[int] | None = None,
+) -> Job:
+    """As ``prepare``, from ids that stand outside an image and one set of options a prompt."""
+    context, rows = context_length(bundle), []
+    for index, (tokens, own) in enumerate(zip(prompts, options, strict=True)):
+        rules = Rules(bundle.vocabulary, own.mode, own.min_images, own.max_images)
+        where = f"prompt {index}: " if len(prompts) > 1 else ""
+        left = context - len(tokens)
+        if left < rules.needed_tokens:
+            raise GenerationError(
+                f"{where}the prompt has {len(tokens)} tokens and the model's context {context}; the reply needs room "
+                f"for {rules.needed_tokens} more; shorten the prompt or leave turns out"
+            )
+        if own.max_tokens < rules.needed_tokens:
+            raise GenerationError(
+                f"max_tokens is {own.max_tokens}; a reply with {rules.needed_images} images needs "
+                f"{rules.needed_tokens} ({rules.image_tokens} an image and 1 to end); raise max_tokens"
+            )
+        rows.append(Row(rules, min(left, own.max_tokens)))
+    numbers = list(range(len(rows)) if streams is None else streams)
+    job = Job(list(options), list(prompts), rows, numbers, tokenizer=bundle.text)
+    guided_rows = [index for index, row in enumerate(rows) if options[index].guided and row.rules.may_draw]
+    if guided_rows:
+        job.prefix = _unconditional_prefix(bundle)
+        needed = len(job.prefix) + rows[0].rules.image_tokens
+        if needed > context:
+            raise GenerationError(
+                f"the model's context is {context}; guidance needs {needed} for one image; set guidance_scale to 1"
+            )
+    if any(options[index].keeps_images for index in guided_rows):
+        job.kept = [[*job.prefix, *_images_of(bundle, tokens)] for tokens in prompts]
+        for index in range(len(rows)):  # it runs under all
+            rules, most = rows[index].rules, rows[index].room
+            drawn = int(min(rules.most_images, most // rules.image_tokens)) * rules.image_tokens
+            if len(job.kept[index]) + drawn > context:
+                raise GenerationError(
+                    f"the model's context is {context}; the stream that keeps images needs "
+                    f"{len(job.kept[index]) + drawn}; set max_images lower, or leave image_guidance_scale out"
+                )
+    return job
+
+
+def _images_of(bundle: Bundle, tokens: Sequence[int]) -> list[int]:
+    """The ids of a prompt's images alone, each between its controls."""
+    controls, span = bundle.vocabulary.controls, bundle.vocabulary.image_span
+    found: list[int] = []
+    for is_code, run in groupby(tokens, lambda token: span.start <= token < span.stop):
+        if is_code:
+            found += [controls["begin_image"], *run, controls["end_image"]]
+    return found
+
+
+def _unconditional_prefix(bundle: Bundle) -> list[int]:
+    """Ids that stand for "no condition" before the control that opens the image."""
+    controls = bundle.vocabulary.controls
+    missing = [name for name in bundle.unconditional if name not in controls]
+    if missing or bundle.unconditional[-1:] != ("begin_image",) or len(bundle.unconditional) < 2:
+        raise GenerationError(
+            f"{bundle.path}: jam.json's unconditional prompt is {list(bundle.unconditional)}; required: named controls "
+            "that end in begin_image; mend jam.json or set guidance_scale to 1"
+        )
+    return [controls[name] for name in bundle.unconditional[:-1]]
