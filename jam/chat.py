@@ -28,8 +28,8 @@ from jam.decode.stream import Event, ImageDone, ImageProgress, ImageStart, Reply
 from jam.document import CodesPart, Document, Part, TextPart
 from jam.errors import DataError, GenerationError, JamError, printable
 from jam.generate import check_drawable, said_options, user_turn
-from jam.models.load import Bundle, load_bundle
-from jam.shipped import model_folder
+from jam.models.load import Bundle
+from jam.running import AUTOMATIC, Running
 from jam.terminal import COLUMNS, half_blocks, shows_images
 from jam.tokens.image import open_image
 from jam.tokens.render import render
@@ -264,6 +264,7 @@ def run_chat(
     *,
     out: Path,
     images_inline: bool = True,
+    running: Running = AUTOMATIC,
     **options: float | str | None,
 ) -> None:
     """Chats until /quit or the end of input.
@@ -272,6 +273,7 @@ def run_chat(
         path: a model folder; None takes the shipped default.
         out: images and saved conversations go to ``out/chat-<time>/``.
         images_inline: False prints the paths of images alone.
+        running: where the model runs, and in which numbers.
         options: fields of :class:`jam.decode.options.SamplingOptions`; None leaves the model's default.
 
     Raises:
@@ -279,8 +281,7 @@ def run_chat(
     """
     said = said_options(**options)
     console = Console(emoji=False)  # a model that writes :cat: means just that
-    bundle = load_bundle(model_folder(path))
-    bundle.pack()  # it only runs here
+    bundle = running.open(path)
     settings = default_options(bundle, **said)
     if not bundle.vocabulary.converses:
         raise GenerationError(

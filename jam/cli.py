@@ -59,6 +59,15 @@ class Rank(StrEnum):
     ratio = "ratio"
 
 
+class Numbers(StrEnum):
+    """What weights are kept in, as `jam.running.Numbers` names it."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 class Guidance(StrEnum):
     """How an image is pulled towards its prompt, as `jam.decode.options.Guidance` names it."""
 
@@ -87,6 +96,13 @@ Overrides = Annotated[
 ]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
 ModelFolder = Annotated[Path | None, typer.Argument(metavar="PATH", help="A model folder; default: the shipped one.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: CUDA where there is one.")]
+Dtype = Annotated[
+    Numbers, typer.Option("--dtype", help="Numbers of the weights; auto: bfloat16 on CUDA, float32 on a CPU.")
+]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile decoding steps (torch.compile): a minute once, faster on CUDA.")
+]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the sampling; same seed, same reply.")]
 TextTemperature = Annotated[float | None, typer.Option("--temperature", min=0.0, help="Text temperature; 0 is greedy.")]
 TextTopP = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Text nucleus; 1 is off.")]
@@ -224,6 +240,9 @@ def chat(
     guidance: GuidanceWay = None,
     guidance_scale: GuidanceScale = None,
     image_guidance_scale: ImageGuidanceScale = None,
+    device: Device = "auto",
+    dtype: Dtype = Numbers.auto,
+    compiled: Compile = False,
     out: Annotated[
         Path, typer.Option(help="Images and saved conversations go to a new folder in it, chat-<time>.")
     ] = Path("jam-chat"),
@@ -233,9 +252,11 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal, in text and images."""
     from jam.chat import run_chat
+    from jam.running import Running
 
     run_chat(
         path,
+        running=Running(device, dtype.value, compiled),
         out=out,
         images_inline=images_inline,
         seed=seed,
@@ -283,12 +304,17 @@ def generate(
     guidance: GuidanceWay = None,
     guidance_scale: GuidanceScale = None,
     image_guidance_scale: ImageGuidanceScale = None,
+    device: Device = "auto",
+    dtype: Dtype = Numbers.auto,
+    compiled: Compile = False,
 ) -> None:
     """Write one reply to a prompt as out.json and PNG files, in order."""
     from jam.generate import run_generate
+    from jam.running import Running
 
     run_generate(
         path,
+        running=Running(device, dtype.value, compiled),
         prompt=prompt,
         images=image or [],
         out=out,

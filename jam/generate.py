@@ -22,9 +22,9 @@ from jam.decode.options import SamplingOptions, default_options
 from jam.decode.stream import Reply, replies
 from jam.document import Document, ImagePart, Part, Role, TextPart
 from jam.errors import GenerationError
-from jam.models.load import Bundle, load_bundle
+from jam.models.load import Bundle
+from jam.running import AUTOMATIC, Running
 from jam.shards import check_output, remove_stale
-from jam.shipped import model_folder
 from jam.tokens.image import open_image
 
 MARKER = "<image>"
@@ -39,6 +39,7 @@ def run_generate(
     out: Path,
     candidates: int | None = None,
     rank: Rank = "likelihood",
+    running: Running = AUTOMATIC,
     **options: Said | None,
 ) -> Path:
     """Writes ``out/out.json`` (``[{"type": "text", "text": ...}, {"type": "image", "path": "image-0.png"}, ...]``).
@@ -50,6 +51,7 @@ def run_generate(
         candidates: images to draw in one batch and rank (``jam.decode.candidates``), in mode ``image`` whatever
             ``options`` say; their entries, best first, have ``score`` and ``guidance`` too.
         rank: how the model ranks them.
+        running: where the model runs, and in which numbers.
         options: fields of :class:`jam.decode.options.SamplingOptions`; None leaves the model's default.
 
     Returns:
@@ -66,8 +68,7 @@ def run_generate(
             options["image_temperature"] = 1.0
     turn = user_turn(prompt, [open_image(Path(image)) for image in images])
     said = said_options(**options)
-    bundle = load_bundle(model_folder(path))
-    bundle.pack()  # it only runs here
+    bundle = running.open(path)
     settings = default_options(bundle, **said)
     check_drawable(bundle, settings)
     document = encode_images(bundle, Document(with_role(bundle, turn)))

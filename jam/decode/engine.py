@@ -111,12 +111,15 @@ class _Loop:
         self.weights_N2 = torch.zeros(len(job.rows), 2, dtype=torch.float64, device=self.device) if job.weigh else None
 
     def run(self) -> Iterator[Step]:
-        self.slots.prefill()
-        while self.lanes:
-            if codes := self._undisturbed():
-                yield from self._draw(codes)
-            else:
-                yield from self._step()
+        try:
+            self.slots.prefill()
+            while self.lanes:
+                if codes := self._undisturbed():
+                    yield from self._draw(codes)
+                else:
+                    yield from self._step()
+        finally:
+            self.slots.close()
         if self.weights_N2 is not None:
             self.job.likelihoods = [tuple(pair) for pair in self.weights_N2.tolist()]
 

@@ -18,22 +18,24 @@ Masks are explicit, 4D, over slots, and so are positions: learned positions woul
 Nothing here samples or knows the grammar. What a step does it does on the device; nothing is read back.
 
 A reply has one lane, or several while its image is searched for with beams: ``select`` copies, reorders and drops
-lanes.
+lanes. Compiled code wants the same shapes at every step: there the lanes of replies that are done stay and are fed
+padding, until beams reorder the batch, which then goes on uncompiled.
 
-Shapes: L lanes of the replies still open, B batch rows (a multiple of L: the streams one under another, the replies'
-lanes first), P prompt slots, S slots, K codes, V vocabulary.
+Shapes: L lanes of the replies still open, A lanes of the batch (L, or more where some stay), B batch rows (a multiple
+of A: the streams one under another, the replies' lanes first), P prompt slots, S slots, K codes, V vocabulary.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from jam.decode.cache import SlotCache
 from jam.decode.choose import Scores
 from jam.models.cpu import attention_dtype
 from jam.models.load import Bundle
+from jam.models.slot_cache import SlotCache
 
 Ids = Sequence[int]
 
@@ -69,6 +71,7 @@ class Slots:
         self.dtype = attention_dtype(bundle.model)
         self.pad = bundle.vocabulary.controls.get("pad", bundle.vocabulary.controls["eos"])
         self.lanes = len(prompts)
+        self.open: list[int] | None = None  # which lanes of the batch the open replies have; None is all, in order
         self.streams = [list(prompts)]
         if prefix is not None:
             self.streams.append([prefix] * self.lanes)
@@ -89,7 +92,7 @@ class Slots:
             places += [first + group.index(tuple(ids)) for ids in stream]
             states = last if first == 0 else states
             first += len(group)
-        self.cache.take(torch.tensor(places), self.width + self.room)
+        self.cache = self.readout.start(self.cache, torch.tensor(places), self.width, self.width + self.room)
         batch = len(places)
         starts = [ids for stream in self.streams for ids in stream]
         self.seen_BS = torch.zeros(batch, self.cache.slots, dtype=torch.bool, device=self.device)
@@ -122,6 +125,7 @@ class Slots:
     @torch.inference_mode()
     def feed(self, tokens_L: Tensor, fed: Fed) -> None:
         """Puts one token a lane into the next slot; the scores after them are ready then."""
+        tokens_L, fed = self._spread(tokens_L, fed)
         slot, lanes = self.filled, self.lanes
         ids, live = [tokens_L], [torch.ones_like(fed.code)]
         if len(self.streams) > 1:
@@ -138,7 +142,7 @@ class Slots:
         self.next_B += live_B
         self.seen_BS[:, slot] = live_B
         self.filled += 1
-        mask_BS = self.seen_BS[:, : self.filled].clone()
+        mask_BS = self.seen_BS.clone() if self.cache.fixed else self.seen_BS[:, : self.filled].clone()
         mask_BS[:, slot] = True  # rows that wait see their padding now and hide it later
         self.cache.at(slot, self.filled)
         self.states = self._forward(torch.cat(ids)[:, None], mask_BS[:, None], positions_B[:, None])
@@ -146,7 +150,8 @@ class Slots:
     @torch.inference_mode()
     def code_scores(self, lanes: Sequence[int]) -> Scores:
         """Raw scores of the codes in some lanes, stream by stream, as far as they run."""
-        every = list(lanes) == list(range(self.lanes))
+        lanes = self._places(lanes)
+        every = lanes == list(range(self.lanes))
         found = []
         for stream in range(len(self.streams)):
             first = stream * self.lanes
@@ -157,21 +162,42 @@ class Slots:
     @torch.inference_mode()
     def text_scores(self, lanes: Sequence[int]) -> Tensor:
         """Raw scores [N, V] of the text head in some lanes."""
-        rows = list(lanes)
+        rows = self._places(lanes)
         return self.readout.text(tuple(part[rows] for part in self.states))
 
     @torch.inference_mode()
     def select(self, lanes: Sequence[int]) -> None:
         """The lanes from now on, each as a copy of a lane up to now, guidance rows included. Replies that are done are
         left out, so that a long reply does not pay for short ones."""
-        if list(lanes) == list(range(self.lanes)):
+        wanted = self._places(lanes)
+        if self.cache.fixed and all(first < second for first, second in pairwise(wanted)):
+            self.open = wanted
+            return
+        if wanted == list(range(self.lanes)):
             return
         rows = torch.tensor(
-            [stream * self.lanes + lane for stream in range(len(self.streams)) for lane in lanes], device=self.device
+            [stream * self.lanes + lane for stream in range(len(self.streams)) for lane in wanted], device=self.device
         )
-        self.lanes = len(lanes)
+        self.lanes, self.open = len(wanted), None
         self.seen_BS, self.next_B = self.seen_BS[rows], self.next_B[rows]
-        self.cache.take(rows)
+        self.cache.take(rows, self.filled)
+
+    def close(self) -> None:
+        """The last token is there, or nobody wants it."""
+        self.readout.finish(self.cache)
+
+    def _places(self, lanes: Sequence[int]) -> list[int]:
+        """Where lanes of the open replies are in the batch."""
+        return list(lanes) if self.open is None else [self.open[lane] for lane in lanes]
+
+    def _spread(self, tokens_L: Tensor, fed: Fed) -> tuple[Tensor, Fed]:
+        """Both with padding in the lanes of replies that are done, [A] each."""
+        if self.open is None or len(self.open) == self.lanes:
+            return tokens_L, fed
+        at, padding = torch.tensor(self.open, device=self.device), torch.full_like(self.next_B[: self.lanes], self.pad)
+        none = torch.zeros_like(padding, dtype=torch.bool)
+        flags = (none.index_copy(0, at, part) for part in (fed.opens, fed.code, fed.closes))
+        return padding.index_copy(0, at, tokens_L), Fed(*flags)
 
     def _forward(self, ids_BT: Tensor, mask_BTS: Tensor, positions_BT: Tensor) -> tuple[Tensor, ...]:
         """The states after the last token, [B, ...] each."""

@@ -27,6 +27,7 @@ from transformers.utils import logging
 from jam.errors import CheckpointError, GenerationError
 from jam.layouts import open_model
 from jam.models import cross  # also registers jam_cross with transformers' Auto classes
+from jam.models.compiled import Compiled
 from jam.models.cpu import pack
 from jam.models.families import FAMILIES
 from jam.models.heads import allowed_ids, restrict
@@ -49,6 +50,7 @@ class Bundle:
         image: None for a model that makes no images, or whose images jam cannot write down (``Vocabulary.framed``).
         unconditional: names of the controls that stand for "no condition" before an image.
         sampling: the model's own defaults of ``jam.decode.options.SamplingOptions``.
+        backend: of ``torch.compile`` for decoding steps (``jam.models.compiled``), "inductor" for one; None is eager.
     """
 
     path: Path
@@ -58,7 +60,8 @@ class Bundle:
     image: ImageTokenizer | None
     unconditional: tuple[str, ...]
     sampling: dict = field(default_factory=dict)
-    _readout: Readout | None = field(default=None, init=False, repr=False, compare=False)
+    backend: str | None = None
+    _readout: Readout | Compiled | None = field(default=None, init=False, repr=False, compare=False)
 
     @cached_property
     def _allowed_2V(self) -> Tensor:
@@ -71,11 +74,19 @@ class Bundle:
         """The longest sequence that the model has positions for."""
         return self.model.config.max_position_embeddings
 
-    def readout(self) -> Readout:
+    def readout(self) -> Readout | Compiled:
         """The network in two parts, states and scores, for a decoder."""
         if self._readout is None or self._readout.model is not self.model:
-            self._readout = readout(self.model, self.vocabulary)
+            plain = readout(self.model, self.vocabulary)
+            self._readout = plain if self.backend is None else Compiled(plain, self.backend)
         return self._readout
+
+    def to(self, device: torch.device) -> "Bundle":
+        """Network and image tokenizer on another device."""
+        self.model.to(device)
+        if self.image is not None:
+            self.image.to(device)
+        return self
 
     def pack(self) -> bool:
         """Lays the weights out for this CPU (``jam.models.cpu``): the model decodes faster and can do nothing else.

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 
 from jam.models.families import FAMILIES
-from jam.models.traits import windows
+from jam.models.traits import windows_of
 
 
 def default_positions(ids_BT: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
@@ -78,7 +78,7 @@ def cache_for(config: PreTrainedConfig) -> DynamicCache:
 
 
 def _windows(config: PreTrainedConfig) -> set[int | None]:
-    return set(windows(config.to_dict())) if config.model_type in FAMILIES else {None}
+    return set(windows_of(config)) if config.model_type in FAMILIES else {None}
 
 
 def windowed(mask: Tensor | None, window: int) -> Tensor | None:

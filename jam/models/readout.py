@@ -6,16 +6,17 @@ A decoder scores the codes of an image for rows that draw and text for rows that
 Shapes: B batch, T tokens, S key slots, K codes, V vocabulary, N any leading dimensions.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from jam.models.cpu import Rows, is_packed
 from jam.models.cross import JamCrossForCausalLM
 from jam.models.families import FAMILIES
 from jam.models.masks import masks_for
+from jam.models.slot_cache import SlotCache
 from jam.models.span_head import owned_slices, place
 from jam.models.tower import capped, network_class
 from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD
@@ -27,12 +28,19 @@ States = tuple[Tensor, ...]  # what the heads read, [B, T, ...] each
 class Readout(Protocol):
     """The two parts. All scores are raw: an id that a head does not own has the dtype's lowest finite value, or any."""
 
-    def states(self, ids_BT: Tensor, mask_B1TS: Tensor, positions_BT: Tensor, cache: Cache) -> States:
+    def states(self, ids_BT: Tensor, mask_B1TS: Tensor, positions_BT: Tensor, cache: SlotCache) -> States:
         """The final states of every token; the cache takes its keys and values.
 
         Args:
             mask_B1TS: bool, True where a query may attend.
         """
+
+    def start(self, prompts: SlotCache, rows: Tensor, filled: int, slots: int) -> SlotCache:
+        """The cache to decode with, of at least so many slots: row n begins as row ``rows[n]`` of the prompts' cache,
+        whose first ``filled`` slots hold something. ``finish`` takes it back."""
+
+    def finish(self, cache: SlotCache) -> None:
+        """The call is over."""
 
     def codes(self, states: States) -> Tensor:
         """[N, K]: the scores of all codes after each state."""
@@ -62,8 +70,27 @@ class _Readout:
         assert span is not None, "the grammar opens no image without a span of codes"
         return slice(span.start, span.stop)
 
-    def _inputs(self, ids_BT: Tensor, mask_B1TS: Tensor, positions_BT: Tensor, cache: Cache) -> dict:
+    def states(self, ids_BT: Tensor, mask_B1TS: Tensor, positions_BT: Tensor, cache: SlotCache) -> States:
+        return self.run(**self.inputs(ids_BT, mask_B1TS, positions_BT, cache))
+
+    def inputs(self, ids_BT: Tensor, mask_B1TS: Tensor, positions_BT: Tensor, cache: SlotCache) -> dict[str, Any]:
+        """What ``run`` is called with."""
         mask = masks_for(self.model.config, mask_B1TS, self.model.dtype, cache, ids_BT.shape[1])
+        return self._call(ids_BT, mask, positions_BT, cache)
+
+    def run(self, **given: Any) -> States:
+        """The network itself, nothing around it."""
+        raise NotImplementedError
+
+    def start(self, prompts: SlotCache, rows: Tensor, filled: int, slots: int) -> SlotCache:
+        prompts.take(rows, filled, slots)
+        return prompts
+
+    def finish(self, cache: SlotCache) -> None:
+        pass
+
+    @staticmethod
+    def _call(ids_BT: Tensor, mask: Any, positions_BT: Tensor, cache: SlotCache) -> dict[str, Any]:
         shared = {"position_ids": positions_BT, "past_key_values": cache, "use_cache": True}
         return {"input_ids": ids_BT, "attention_mask": mask, **shared}
 
@@ -81,9 +108,8 @@ class _Readout:
 class OneTable(_Readout):
     """A family's own network: its stack, then rows of its head."""
 
-    def states(self, ids_BT: Tensor, mask_B1TS: Tensor, positions_BT: Tensor, cache: Cache) -> States:
-        output = self.model.model(**self._inputs(ids_BT, mask_B1TS, positions_BT, cache))
-        return (output.last_hidden_state,)
+    def run(self, **given: Any) -> States:
+        return (self.model.model(**given).last_hidden_state,)
 
     def codes(self, states: States) -> Tensor:
         return capped(self.model.config, self._rows("codes", self.model.lm_head, self.span)(states[0]))
@@ -97,8 +123,11 @@ class TwoTowers(_Readout):
 
     model: JamCrossForCausalLM
 
-    def states(self, ids_BT: Tensor, mask_B1TS: Tensor, positions_BT: Tensor, cache: Cache) -> States:
-        return self.model.states(ids_BT, mask_B1TS, positions_BT, cache, use_cache=True)
+    def inputs(self, ids_BT: Tensor, mask_B1TS: Tensor, positions_BT: Tensor, cache: SlotCache) -> dict[str, Any]:
+        return self._call(ids_BT, mask_B1TS, positions_BT, cache)  # each tower makes its own masks
+
+    def run(self, **given: Any) -> States:
+        return self.model.states(**given)
 
     def codes(self, states: States) -> Tensor:
         if not self._may_pack:
@@ -121,8 +150,8 @@ class TwoTowers(_Readout):
 class FromLogits(_Readout):
     """Any other causal language model, also one in wrappers: its scores are its states."""
 
-    def states(self, ids_BT: Tensor, mask_B1TS: Tensor, positions_BT: Tensor, cache: Cache) -> States:
-        return (self.model(**self._inputs(ids_BT, mask_B1TS, positions_BT, cache)).logits,)
+    def run(self, **given: Any) -> States:
+        return (self.model(**given).logits,)
 
     def codes(self, states: States) -> Tensor:
         return states[0][..., self.span]

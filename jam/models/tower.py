@@ -24,7 +24,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from jam.errors import CheckpointError
 from jam.models.chameleon import ChameleonForCausalLM
 from jam.models.families import FAMILIES
-from jam.models.traits import windows
+from jam.models.traits import windows_of
 
 Masks = Callable[[int | None], Tensor | None]  # the mask under a sliding window, or without one
 
@@ -90,7 +90,7 @@ class Tower:
 
     def inputs(self, x_BTD: Tensor, positions_BT: Tensor, masks: Masks) -> list[dict[str, Any]]:
         """What each layer is given beside its states: its mask, and its rotary positions where it has some."""
-        spans = windows(self.config.to_dict())
+        spans = windows_of(self.config)
         given: list[dict[str, Any]] = [{"attention_mask": masks(window)} for window in spans]
         if self.is_opt:
             return given

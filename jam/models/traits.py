@@ -112,6 +112,15 @@ def windows(config: dict, where: str = "config.json") -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
+def windows_of(config: object) -> list[int | None]:
+    """``windows`` of one of transformers' config objects, at every forward: its own dictionary would cost more than the
+    masks that are made of this, and compiled code cannot read it."""
+    layers = FAMILIES[config.model_type].keys["layers"]
+    names = ("model_type", layers, "sliding_window", "use_sliding_window", "sliding_window_pattern")
+    names += ("layer_types", "max_window_layers")
+    return windows({name: getattr(config, name) for name in names if hasattr(config, name)})
+
+
 def _count(value: object, key: str, where: str, least: int = 1) -> int:
     if type(value) is not int or value < least:
         found = value if type(value) in (int, float) else f"a {type(value).__name__}"

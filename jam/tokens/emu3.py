@@ -46,6 +46,10 @@ class Emu3Network:
         factor = network.spatial_scale_factor
         self.config = Emu3Sizes(resolution, resolution // factor, network.config.codebook_size)
 
+    def to(self, device: torch.device) -> "Emu3Network":
+        self.network.to(device)
+        return self
+
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Codes in raster order: [B, 3, S, S] -> [B, G*G]."""

@@ -92,6 +92,7 @@ class ImageNetwork(Protocol):
     def config(self) -> ImageSizes: ...
     def encode(self, pixels: torch.Tensor) -> torch.Tensor: ...
     def decode(self, codes: torch.Tensor) -> torch.Tensor: ...
+    def to(self, device: torch.device) -> object: ...
 
 
 def load_network(folder: Path) -> ImageNetwork:
@@ -119,7 +120,12 @@ class ImageTokenizer:
     """A frozen VQ network with its pixel conventions: centre crop to a square, bicubic to ``resolution``."""
 
     def __init__(self, network: ImageNetwork):
-        self.network = network
+        self.network, self.device = network, torch.device("cpu")
+
+    def to(self, device: torch.device) -> "ImageTokenizer":
+        self.network.to(device)
+        self.device = device
+        return self
 
     @classmethod
     def load(cls, folder: Path) -> "ImageTokenizer":
@@ -156,7 +162,7 @@ class ImageTokenizer:
     def encode(self, images: list[Pil.Image], batch_size: int = 64) -> np.ndarray:
         """int64 [len(images), codes_per_image]."""
         chunks = [images[at : at + batch_size] for at in range(0, len(images), batch_size)]
-        codes = [self.network.encode(self.pixels(chunk)).numpy() for chunk in chunks]
+        codes = [self.network.encode(self.pixels(chunk).to(self.device)).cpu().numpy() for chunk in chunks]
         return np.concatenate(codes) if codes else np.zeros((0, self.codes_per_image), np.int64)
 
     def decode(self, codes: np.ndarray) -> list[Pil.Image]:
@@ -188,6 +194,6 @@ class ImageTokenizer:
     def _pixels(self, codes: np.ndarray) -> list[Pil.Image]:
         if codes.size and not (codes.min() >= 0 and codes.max() < self.codebook_size):
             raise DataError(f"codes in [{codes.min()}, {codes.max()}]; the codebook has {self.codebook_size} entries")
-        pixels = self.network.decode(torch.from_numpy(codes))
+        pixels = self.network.decode(torch.from_numpy(codes).to(self.device)).cpu()
         array = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
         return [Pil.fromarray(item) for item in array]

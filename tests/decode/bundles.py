@@ -26,6 +26,7 @@ class EagerReadout:
 
     def __init__(self, own: Readout, vocabulary: Vocabulary):
         self.own, self.states, self.codes, self.vocabulary = own, own.states, own.codes, vocabulary
+        self.start, self.finish = own.start, own.finish
 
     def text(self, states: States) -> Tensor:
         return _eager(self.own.text(states), self.vocabulary)

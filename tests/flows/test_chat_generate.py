@@ -73,6 +73,36 @@ def test_generate_ranks_candidates(fused: Path, tmp_path: Path, capsys: pytest.C
     assert f"4 images, best first by the model's own {rank}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--device", "cuda:7"], "device is cuda:7 and PyTorch sees"),
+        (["--device", "tpu"], "device is 'tpu'; required: auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_generate_refuses_a_device(
+    fused: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+) -> None:
+    assert main(["generate", str(fused), "--prompt", "a", "--out", str(tmp_path / "reply"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_generate_in_half_precision(fused: Path, tmp_path: Path) -> None:
+    more = ["--device", "cpu", "--dtype", "bfloat16", "--mode", "image", "--out", str(tmp_path / "reply")]
+    assert main(["generate", str(fused), "--prompt", "draw a cat", *more]) == 0
+    assert open_image(tmp_path / "reply" / "image-0.png").size == (8, 8)
+
+
+def test_generate_compiled_says_the_same(fused: Path, tmp_path: Path) -> None:
+    same = ["--prompt", "draw a cat", "--mode", "image", "--image-temperature", "0"]
+    for name, flags in (("plain", []), ("compiled", ["--compile"])):
+        assert main(["generate", str(fused), *same, "--out", str(tmp_path / name), *flags]) == 0
+    one, other = (open_image(tmp_path / name / "image-0.png").tobytes() for name in ("plain", "compiled"))
+    assert one == other
+
+
 def test_generate_stops_before_a_string_and_takes_every_setting(fused: Path, tmp_path: Path) -> None:
     settings = ["--mode", "free", "--guidance", "cd_k", "--image-top-k", "5", "--repetition-penalty", "1.2"]
     every = [flag for letter in "abcdefghijklmnopqrstuvwxyz " for flag in ("--stop", letter)]

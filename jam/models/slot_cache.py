@@ -4,6 +4,9 @@ transformers' growing cache copies everything at each token; its static one show
 not. Here a forward writes into the slots that ``at`` names and attends to the filled ones, which are views. The same
 buffers serve text, images and text again.
 
+A ``fixed`` cache is of the second kind: every step has the same shapes and the slot is a number on the device, which is
+what compiled code and CUDA graphs need (``jam.models.compiled``).
+
 Shapes: B rows, H heads of keys, S slots, D head width, T tokens of a forward.
 """
 
@@ -18,12 +21,13 @@ from transformers.cache_utils import CacheLayerMixin
 @dataclass
 class Window:
     """Where the next forward writes and looks: ``rows`` of the batch, slots ``start`` to ``stop`` to write, from
-    ``first`` on to see."""
+    ``first`` on to see. With ``slot`` (int64 [1]) it writes there, in all rows, and looks at ``first`` to ``stop``."""
 
     rows: slice
     first: int
     start: int
     stop: int
+    slot: Tensor | None = None
 
 
 class SlotLayer(CacheLayerMixin):
@@ -47,6 +51,10 @@ class SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         at = self.cache.window
+        if at.slot is not None:
+            self.keys.index_copy_(2, at.slot, key_states.to(self.keys.dtype))
+            self.values.index_copy_(2, at.slot, value_states.to(self.values.dtype))
+            return self.keys, self.values
         self.keys[at.rows, :, at.start : at.stop] = key_states
         self.values[at.rows, :, at.start : at.stop] = value_states
         return self.keys[at.rows, :, at.first : at.stop], self.values[at.rows, :, at.first : at.stop]
@@ -83,14 +91,36 @@ class SlotCache(Cache):
     def at(self, start: int, stop: int, rows: slice | None = None, first: int = 0) -> "SlotCache":
         """The next forward writes slots ``start`` to ``stop`` of some rows, all of them by default."""
         assert stop <= self.slots, (stop, self.slots)
+        if self.fixed:
+            assert stop - start == 1 and rows is None, (start, stop, rows)
+            self.window.slot.fill_(start)
+            return self
         self.window = Window(slice(0, self.rows) if rows is None else rows, first, start, stop)
         return self
 
-    def take(self, rows: Tensor, slots: int | None = None) -> None:
-        """Copies, reorders and drops rows: row n is what row ``rows[n]`` was; with ``slots`` the room changes too."""
+    def take(self, rows: Tensor, filled: int, slots: int | None = None) -> None:
+        """Copies, reorders and drops rows: row n is what row ``rows[n]`` was, the first ``filled`` slots of it; with
+        ``slots`` the room changes too. The cache is no longer fixed then."""
         self.rows, self.slots = len(rows), self.slots if slots is None else slots
         for layer in self.layers:
-            layer.take(rows.to(layer.keys.device), self.window.stop)
+            layer.take(rows.to(layer.keys.device), filled)
+        self.window = Window(slice(0, self.rows), 0, 0, 0)
+
+    @property
+    def fixed(self) -> bool:
+        return self.window.slot is not None
+
+    def fix(self, device: torch.device) -> None:
+        """From now on every forward is of one token, writes all rows and sees every slot."""
+        slot = torch.zeros(1, dtype=torch.int64, device=device)
+        self.window = Window(slice(0, self.rows), 0, 0, self.slots, slot)
+
+    def copy(self, other: "SlotCache", rows: Tensor, filled: int) -> None:
+        """Takes into its own buffers what some rows of another cache hold in their first ``filled`` slots."""
+        for own, found in zip(self.layers, other.layers, strict=True):
+            at = rows.to(found.keys.device)
+            own.keys[:, :, :filled] = found.keys[at, :, :filled]
+            own.values[:, :, :filled] = found.values[at, :, :filled]
 
     @property
     def bytes(self) -> int:
