@@ -128,6 +128,8 @@ class AnyToAnyModel:
             options = replace(options, mode="text", min_images=0)
         else:
             raise GenerationError(f"generation_mode is {generation_mode!r}; required: text or image; choose one")
+        if type(count) is not int or count < 1:
+            raise GenerationError(f"num_return_sequences is {count!r}; required: a whole number from 1; change it")
         input_ids = input_ids.repeat_interleave(count, 0)
         mask = None if attention_mask is None else attention_mask.repeat_interleave(count, 0)
         run = custom_generate(self.bundle, options, streamer)
@@ -236,6 +238,11 @@ class AnyToAnyProcessor:
             raise GenerationError(
                 f"the last message is the {document.parts[-1].role}'s and continue_final_message is "
                 f"{continue_final_message}; jam answers a user and goes on with an assistant, leave it out"
+            )
+        if goes_on and not (isinstance(messages[-1]["content"], list) and isinstance(document.parts[-1], TextPart)):
+            raise GenerationError(  # the pipeline lays the reply onto that part
+                "the last message is the assistant's and does not end in a part of text; required: content "
+                "[..., {type: text, text: ...}]; write it so"
             )
         return self._ids([document])
 

@@ -142,6 +142,8 @@ def test_batches(bundle: Bundle, pipe: AnyToAnyPipeline) -> None:
     assert [record["generated_text"] for (record,) in found] == written(bundle, [SHOWN, DRAW])
     found = pipe(chats, batch_size=2, generation_mode="image")
     assert [record["generated_image"].tobytes() for (record,) in found] == drawn(bundle, [SHOWN, DRAW])
+    found = pipe([{"text": "what is it?", "images": PICTURE}] * 2, batch_size=2, generation_mode="image")
+    assert [record["generated_image"].tobytes() for (record,) in found] == drawn(bundle, [SHOWN, SHOWN])
     records = pipe(text=["what is it?"] * 2, images=[PICTURE, [PICTURE]], generation_mode="image")
     assert [record["generated_image"].tobytes() for record in records] == drawn(bundle, [SHOWN, SHOWN])
 
@@ -246,6 +248,8 @@ def test_a_model_whose_codes_nobody_can_decode_says_text_alone(bundle: Bundle) -
         ({"text": [{"role": "user", "content": [{"type": "image"}]}]}, "an image is a NoneType"),
         ({"text": CHAT, "continue_final_message": True}, "the last message is the user's and continue_final_message"),
         ({"text": CHAT, "tools": [1]}, "tools: nothing that jam's processor takes"),
+        ({"text": [*CHAT, {"role": "assistant", "content": "well"}]}, "does not end in a part of text"),
+        ({"text": "a", "generate_kwargs": {"num_return_sequences": 0}}, "num_return_sequences is 0; required"),
     ],
 )
 def test_what_cannot_be_served_is_said_in_one_line(pipe: AnyToAnyPipeline, call: dict, words: str) -> None:
