@@ -25,9 +25,9 @@ from jam.decode.grammar import Rules
 from jam.decode.job import context_length, encode_images
 from jam.decode.options import SamplingOptions, default_options
 from jam.decode.stream import Event, ImageDone, ImageProgress, ImageStart, ReplyStream, Stop, TextDelta
-from jam.document import CodesPart, Document, Part, TextPart
+from jam.document import CodesPart, Document, Part, TextPart, user_turn
 from jam.errors import DataError, GenerationError, JamError, printable
-from jam.generate import check_drawable, said_options, user_turn
+from jam.generate import check_drawable, said_options
 from jam.models.load import Bundle
 from jam.running import AUTOMATIC, Running
 from jam.terminal import COLUMNS, half_blocks, shows_images

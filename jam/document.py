@@ -5,15 +5,16 @@ role that spoke it and the weight of its loss. Nothing here knows ids: ``jam.tok
 control tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from PIL.Image import Image
 
-from jam.errors import DataError
+from jam.errors import DataError, GenerationError
 
 Role = Literal["document", "user", "assistant"]
+MARKER = "<image>"
 
 
 @dataclass(frozen=True)
@@ -91,3 +92,43 @@ def from_messages(messages: object, open_image: Callable[[str], Image | tuple[in
                 case _:
                     raise DataError(f"{where}.content[{index}]: expected {{type: text, text}} or {{type: image, path}}")
     return Document(tuple(parts))
+
+
+def user_turn(text: str, images: Sequence[Image], images_first: bool = True) -> tuple[Part, ...]:
+    """A user's turn: every ``<image>`` in the text gives its place to the next image.
+
+    >>> from PIL import Image
+    >>> dot = Image.new("RGB", (1, 1))
+    >>> [type(part).__name__ for part in user_turn("this <image> or <image>?", [dot, dot])]
+    ['TextPart', 'ImagePart', 'TextPart', 'ImagePart', 'TextPart']
+
+    Args:
+        images_first: where images go that the text does not place: before it, or after it.
+
+    Raises:
+        GenerationError: nothing is said, what is said is not UTF-8, or the numbers of markers and images differ.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise GenerationError(
+            f"the prompt holds a byte that is not UTF-8 at character {error.start}; give text in UTF-8"
+        ) from None
+    pieces = text.split(MARKER)
+    markers = len(pieces) - 1
+    if markers and markers != len(images):
+        raise GenerationError(
+            f"the prompt has {markers} {MARKER} markers and {len(images)} images were given; give one image a "
+            "marker, in order, or no marker at all"
+        )
+    said: list[Part] = []
+    for index, piece in enumerate(pieces):
+        if piece.strip():
+            said.append(TextPart(piece.strip() if markers else piece, "user", 0.0))
+        if markers and index < markers:
+            said.append(ImagePart(images[index], "user", 0.0))
+    unplaced = [] if markers else [ImagePart(image, "user", 0.0) for image in images]
+    parts = (*unplaced, *said) if images_first else (*said, *unplaced)
+    if not parts:
+        raise GenerationError("the prompt is empty; give some text or an image")
+    return parts

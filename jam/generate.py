@@ -14,20 +14,17 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from PIL.Image import Image
-
 from jam.decode.candidates import Rank, draw_candidates
 from jam.decode.job import encode_images
 from jam.decode.options import SamplingOptions, default_options
 from jam.decode.stream import Reply, replies
-from jam.document import Document, ImagePart, Part, Role, TextPart
+from jam.document import Document, Part, Role, TextPart, user_turn
 from jam.errors import GenerationError
 from jam.models.load import Bundle
 from jam.running import AUTOMATIC, Running
 from jam.shards import check_output, remove_stale
 from jam.tokens.image import open_image
 
-MARKER = "<image>"
 Said = float | str | tuple[str, ...]
 
 
@@ -105,46 +102,6 @@ def said_options(**given: Said | None) -> dict[str, Said]:
     greedy = {"image_temperature": 0.0} if said.get("image_beams", 1) > 1 else {}
     SamplingOptions(**(greedy | said))
     return said
-
-
-def user_turn(text: str, images: Sequence[Image], images_first: bool = True) -> tuple[Part, ...]:
-    """A user's turn: every ``<image>`` in the text gives its place to the next image.
-
-    >>> from PIL import Image
-    >>> dot = Image.new("RGB", (1, 1))
-    >>> [type(part).__name__ for part in user_turn("this <image> or <image>?", [dot, dot])]
-    ['TextPart', 'ImagePart', 'TextPart', 'ImagePart', 'TextPart']
-
-    Args:
-        images_first: where images go that the text does not place: before it, or after it.
-
-    Raises:
-        GenerationError: nothing is said, what is said is not UTF-8, or the numbers of markers and images differ.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise GenerationError(
-            f"the prompt holds a byte that is not UTF-8 at character {error.start}; give text in UTF-8"
-        ) from None
-    pieces = text.split(MARKER)
-    markers = len(pieces) - 1
-    if markers and markers != len(images):
-        raise GenerationError(
-            f"the prompt has {markers} {MARKER} markers and {len(images)} images were given; give one image a "
-            "marker, in order, or no marker at all"
-        )
-    said: list[Part] = []
-    for index, piece in enumerate(pieces):
-        if piece.strip():
-            said.append(TextPart(piece.strip() if markers else piece, "user", 0.0))
-        if markers and index < markers:
-            said.append(ImagePart(images[index], "user", 0.0))
-    unplaced = [] if markers else [ImagePart(image, "user", 0.0) for image in images]
-    parts = (*unplaced, *said) if images_first else (*said, *unplaced)
-    if not parts:
-        raise GenerationError("the prompt is empty; give some text or an image")
-    return parts
 
 
 def with_role(bundle: Bundle, parts: Sequence[Part]) -> tuple[Part, ...]:

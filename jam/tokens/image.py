@@ -62,6 +62,11 @@ def open_image(source: Path | bytes, name: str | None = None) -> Pil.Image:
     except (UnidentifiedImageError, Pil.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         reason = str(error).replace("\n", " ").split("<_io")[0].strip()
         raise DataError(f"{name}: not a readable PNG, JPEG or WebP ({reason}); convert or replace the file") from None
+    return opaque(image)
+
+
+def opaque(image: Pil.Image) -> Pil.Image:
+    """The image in RGB, EXIF orientation applied, transparency put on white."""
     image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
