@@ -7,7 +7,7 @@ A half-written image never enters the document: stop reading at any step, and th
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -17,7 +17,8 @@ from jam.decode.engine import generate
 from jam.decode.grammar import Kind, Step, StopReason
 from jam.decode.job import Options, options_of
 from jam.decode.stop import StopText
-from jam.document import CodesPart, Document, Part, Role, TextPart
+from jam.document import CodesPart, Document, MaskPart, Part, Role, TextPart
+from jam.errors import GenerationError
 from jam.models.load import Bundle
 from jam.tokens.text import TextStream
 
@@ -80,6 +81,7 @@ class Reply:
 class _Row:
     role: Role
     stream: TextStream
+    opened: bool = False  # the reply begins inside an image
     parts: list[Part] = field(default_factory=list)
     text: list[int] = field(default_factory=list)
     codes: list[int] = field(default_factory=list)
@@ -108,7 +110,7 @@ class ReplyStream:
         if preview_rows and bundle.image is not None:
             self.preview_every = preview_rows * math.isqrt(bundle.image.codes_per_image)
         self.rows = [
-            _Row(reply_role(prompt), TextStream(bundle.text), words=own.stop)
+            _Row(reply_role(prompt), TextStream(bundle.text), MaskPart("image") in prompt.parts, words=own.stop)
             for prompt, own in zip(prompts, options_of(bundle, prompts, options), strict=True)
         ]
 
@@ -127,6 +129,8 @@ class ReplyStream:
                 events += self._close_text(index)
                 events.append(ImageStart(index, row.drawn))
             case Kind.CODE:
+                if row.opened and not row.codes:
+                    events.append(ImageStart(index, row.drawn))
                 row.codes.append(step.token - self.bundle.vocabulary.image_span.start)
                 total = self.bundle.vocabulary.codes_per_image
                 preview = None
@@ -136,7 +140,7 @@ class ReplyStream:
             case Kind.END:
                 events.append(self._close_image(index))
             case Kind.EOS:
-                pass
+                events += [self._close_image(index)] if row.codes else []
         if step.stop is not None:
             events += self._close_text(index)
             row.stop = step.stop
@@ -180,6 +184,25 @@ def reply_role(prompt: Document) -> Role:
     """The assistant answers a conversation; a plain document goes on as itself."""
     last = prompt.parts[-1].role if prompt.parts else "document"
     return "document" if last == "document" else "assistant"
+
+
+def filled(prompt: Document, reply: Reply) -> Document:
+    """A prompt with what fills its hole in the hole's place; neighbouring text becomes one part.
+
+    Raises:
+        GenerationError: the prompt has no hole, or more than one.
+    """
+    holes = sum(isinstance(part, MaskPart) for part in prompt.parts)
+    if holes != 1:
+        raise GenerationError(f"the prompt has {holes} holes; required: one, give the prompt of this reply")
+    parts: list[Part] = []
+    for place in prompt.parts:
+        for part in reply.document.parts if isinstance(place, MaskPart) else (place,):
+            if isinstance(part, TextPart) and parts and isinstance(parts[-1], TextPart):
+                parts[-1] = replace(parts[-1], text=parts[-1].text + part.text)
+            else:
+                parts.append(part)
+    return Document(tuple(parts))
 
 
 def events(
