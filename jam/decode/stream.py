@@ -8,6 +8,7 @@ A half-written image never enters the document: stop reading at any step, and th
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from jam.decode.engine import generate
 from jam.decode.grammar import Kind, Step, StopReason
 from jam.decode.job import Options, options_of
 from jam.decode.stop import StopText
-from jam.document import CodesPart, Document, MaskPart, Part, Role, TextPart
+from jam.document import CodesPart, Document, Hole, MaskPart, Part, Role, TextPart
 from jam.errors import GenerationError
 from jam.models.load import Bundle
 from jam.tokens.text import TextStream
@@ -110,9 +111,14 @@ class ReplyStream:
         if preview_rows and bundle.image is not None:
             self.preview_every = preview_rows * math.isqrt(bundle.image.codes_per_image)
         self.rows = [
-            _Row(reply_role(prompt), TextStream(bundle.text), MaskPart("image") in prompt.parts, words=own.stop)
+            _Row(reply_role(prompt), *self._beginning(prompt), words=own.stop)
             for prompt, own in zip(prompts, options_of(bundle, prompts, options), strict=True)
         ]
+
+    def _beginning(self, prompt: Document) -> tuple[TextStream, bool]:
+        """The text that a reply begins with, which goes on from other text in a hole, and whether an image is open."""
+        inside = any(isinstance(a, TextPart) and _is_hole(b, "text") for a, b in pairwise(prompt.parts))
+        return TextStream(self.bundle.text, inside), any(_is_hole(part, "image") for part in prompt.parts)
 
     def push(self, step: Step) -> list[Event]:
         row, index = self.rows[step.row], step.row
@@ -157,7 +163,7 @@ class ReplyStream:
         return [TextDelta(index, text)] if text else []
 
     def _text_part(self, row: _Row) -> list[Part]:
-        text = self.bundle.text.decode(row.text)[: row.cut] if row.text else ""
+        text = self.bundle.text.decode(row.text, row.stream.inside)[: row.cut] if row.text else ""
         return [TextPart(text, row.role)] if text else []
 
     def _close_text(self, index: int) -> list[Event]:
@@ -178,6 +184,10 @@ class ReplyStream:
         row.codes = []
         row.drawn += 1
         return ImageDone(index, row.drawn - 1, codes, image)
+
+
+def _is_hole(part: Part, kind: Hole) -> bool:
+    return isinstance(part, MaskPart) and part.kind == kind
 
 
 def reply_role(prompt: Document) -> Role:

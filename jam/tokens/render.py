@@ -108,6 +108,7 @@ def render(document: Document, vocabulary: Vocabulary, text: TextTokenizer, comp
         writer.add(control("bos"), TEXT_HEAD, 0.0, True)
     role: Role = "document"
     weight = 0.0
+    inside = False  # after a hole in text
     for part in document.parts:
         if part.role != role:
             if role == "assistant":
@@ -117,7 +118,7 @@ def render(document: Document, vocabulary: Vocabulary, text: TextTokenizer, comp
         weight = part.loss
         match part:
             case TextPart():
-                ids = text.encode(part.text)
+                ids = text.encode(part.text, inside)
                 if ids:
                     writer.add(ids, TEXT_HEAD, weight, False)
             case CodesPart():
@@ -141,6 +142,7 @@ def render(document: Document, vocabulary: Vocabulary, text: TextTokenizer, comp
                 writer.add(control("mask"), TEXT_HEAD, weight, True)
             case ImagePart():
                 raise DataError("an image in pixels cannot be rendered; turn it into codes first (Document.with_codes)")
+        inside = isinstance(part, MaskPart) and part.kind == "text"
     if complete:
         writer.add(control("eos"), TEXT_HEAD, weight, True)
     elif hole:

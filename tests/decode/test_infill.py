@@ -1,11 +1,13 @@
 """A hole in a prompt: written as training writes it, filled as the naive loop fills it, put back where it was."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
 from finetune.cm3 import mask_spans, unmask
 from jam.decode.candidates import draw_candidates
@@ -20,7 +22,7 @@ from jam.errors import DataError, GenerationError
 from jam.models.heads import next_heads
 from jam.models.load import Bundle, load_bundle
 from jam.tokens.render import render
-from jam.tokens.text import TextTokenizer
+from jam.tokens.text import TextStream, TextTokenizer
 from tests.decode.bundles import cross_bundle, plain_bundle
 from tests.tiny import CODES_PER_IMAGE, tiny_pair, tiny_sentencepiece, tiny_tokenizer, tiny_vocabulary
 
@@ -69,19 +71,34 @@ FILLED = {
 }
 
 
-@pytest.mark.parametrize("sentencepiece", [False, True])
+def llama_tokenizer() -> Tokenizer:
+    """One that puts a space before every text and takes one off, as Llama 2's does."""
+    tokenizer = tiny_sentencepiece()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("no such text", "isolated")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([tokenizer.decoder, decoders.Strip(" ", 1, 0)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer, tiny_sentencepiece, llama_tokenizer])
 @pytest.mark.parametrize("name", FILLED)
-def test_prompt_and_filling_are_what_training_writes(name: str, sentencepiece: bool) -> None:
+def test_prompt_and_filling_are_what_training_writes(name: str, tokenizer: Callable[[], Tokenizer]) -> None:
     """Ids and heads of the prompt, the span and ``</s>`` are those of ``mask_spans`` on the whole document."""
-    text = TextTokenizer(tiny_sentencepiece()) if sentencepiece else TEXT
-    vocabulary = tiny_vocabulary(images=True, sentencepiece=sentencepiece)
+    text = TextTokenizer(tokenizer())
+    vocabulary = tiny_vocabulary(images=True, sentencepiece=tokenizer is not tiny_tokenizer)
     prompt, filling = FILLED[name]
     whole_document = filled(prompt, Reply(Document((filling,)), (), "eos"))
     assert not any(isinstance(part, MaskPart) for part in whole_document.parts)
     whole = render(whole_document, vocabulary, text)
     start = render(prompt, vocabulary, text, complete=False)
     is_text = isinstance(filling, TextPart)
-    span = text.encode(filling.text) if is_text else vocabulary.image_ids(filling.codes).tolist()
+    before = next((a for a, b in pairwise(prompt.parts) if isinstance(b, MaskPart)), None)
+    inside = is_text and isinstance(before, TextPart)
+    span = text.encode(filling.text, inside) if is_text else vocabulary.image_ids(filling.codes).tolist()
+    if is_text and (inside or tokenizer is not tiny_sentencepiece):  # which keeps the space before a text
+        assert text.decode(span, inside) == filling.text
+        stream = TextStream(text, inside)
+        assert "".join([*map(stream.push, span), stream.flush()]) == filling.text
     at = start.ids.tolist().index(vocabulary.controls["mask"])
     trained = mask_spans(whole, [(at, at + len(span))], vocabulary)
     assert [*start.ids, *span, vocabulary.controls["eos"]] == trained.ids.tolist()
