@@ -275,7 +275,13 @@ def chat(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Option(help="The user's text.")],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="The user's text. <image> gives an image its place; <mask> is a hole to fill, with text or, with "
+            "--mode image, an image: out.json is then the whole, filled."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for out.json and the images.")],
     path: ModelFolder = None,
     image: Annotated[list[Path] | None, typer.Option(help="An image that precedes the text; may be repeated.")] = None,

@@ -1,8 +1,8 @@
 """One document type for every use: training sample, prompt, reply, chat history.
 
-A document is an ordered tuple of parts. A part is text, an image still in pixels, or an image as codes; it carries the
-role that spoke it and the weight of its loss. Nothing here knows ids: ``jam.tokens.render`` is the only writer of
-control tokens.
+A document is an ordered tuple of parts. A part is text, an image still in pixels, an image as codes, or, in a prompt, a
+hole that the model fills; it carries the role that spoke it and the weight of its loss. Nothing here knows ids:
+``jam.tokens.render`` is the only writer of control tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ from jam.errors import DataError, GenerationError
 
 Role = Literal["document", "user", "assistant"]
 MARKER = "<image>"
+Hole = Literal["text", "image"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,16 @@ class CodesPart:
     loss: float = 1.0
 
 
-Part = TextPart | ImagePart | CodesPart
+@dataclass(frozen=True)
+class MaskPart:
+    """A hole in a prompt: text that is missing between its neighbours, or a whole image."""
+
+    kind: Hole
+    role: Role = "document"
+    loss: float = 0.0  # CM3 never learns to predict a mask
+
+
+Part = TextPart | ImagePart | CodesPart | MaskPart
 
 
 @dataclass(frozen=True)

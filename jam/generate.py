@@ -4,6 +4,8 @@ Stages: check the output folder and open the images -> load the model -> prompt 
 folder beside the target, renamed when whole. Also holds what both doors to a model share: options as the command
 line gives them, and the user's turn.
 
+A prompt with ``<mask>`` in it is no turn but a plain document with a hole, and what is written is the document, filled.
+
 It keeps no history; that is ``jam.chat``.
 """
 
@@ -17,14 +19,15 @@ from pathlib import Path
 from jam.decode.candidates import Rank, draw_candidates
 from jam.decode.job import encode_images
 from jam.decode.options import SamplingOptions, default_options
-from jam.decode.stream import Reply, replies
-from jam.document import Document, Part, Role, TextPart, user_turn
+from jam.decode.stream import Reply, filled, replies
+from jam.document import Document, Hole, ImagePart, MaskPart, Part, Role, TextPart, user_turn
 from jam.errors import GenerationError
 from jam.models.load import Bundle
 from jam.running import AUTOMATIC, Running
 from jam.shards import check_output, remove_stale
 from jam.tokens.image import open_image
 
+HOLE = "<mask>"
 Said = float | str | tuple[str, ...]
 
 
@@ -43,10 +46,12 @@ def run_generate(
 
     Args:
         path: a model folder; None takes the shipped default.
-        prompt: the user's text; each ``<image>`` in it stands for one of ``images``, without any they come first.
+        prompt: the user's text; each ``<image>`` in it stands for one of ``images``, without any they come first. A
+            ``<mask>`` makes it a plain document, which the reply fills there: with an image in mode ``image``, else
+            with text.
         out: a new or empty folder.
         candidates: images to draw in one batch and rank (``jam.decode.candidates``), in mode ``image`` whatever
-            ``options`` say; their entries, best first, have ``score`` and ``guidance`` too.
+            ``options`` say; their entries, best first, have ``score`` and ``guidance`` too, and stand alone.
         rank: how the model ranks them.
         running: where the model runs, and in which numbers.
         options: fields of :class:`jam.decode.options.SamplingOptions`; None leaves the model's default.
@@ -64,21 +69,25 @@ def run_generate(
         if options.get("image_temperature") is None and options.get("image_beams") is None:
             options["image_temperature"] = 1.0
     turn = user_turn(prompt, [open_image(Path(image)) for image in images])
+    hole: Hole | None = None if HOLE not in prompt else "image" if options.get("mode") == "image" else "text"
     said = said_options(**options)
     bundle = running.open(path)
     settings = default_options(bundle, **said)
-    check_drawable(bundle, settings)
-    document = encode_images(bundle, Document(with_role(bundle, turn)))
+    check_drawable(bundle, settings if hole != "text" else replace(settings, mode="text"))
+    asked = Document(with_role(bundle, turn) if hole is None else with_hole(turn, hole))
+    document = encode_images(bundle, asked)
     if candidates is not None:
         found = draw_candidates(bundle, document, candidates, settings, rank)
         write_replies(out, [(one.reply, {"score": one.score, "guidance": one.guidance}) for one in found])
         print(f"{out / 'out.json'}: {len(found)} images, best first by the model's own {rank}")
         return out
     (reply,) = replies(bundle, [document], settings)
+    if hole is not None:
+        reply = replace(reply, document=filled(asked, reply))
     write_replies(out, [(reply, {})])
     texts = sum(isinstance(part, TextPart) for part in reply.document.parts)
     ended = "" if reply.stop in ("eos", "stop") else "; cut by the token budget or the context"
-    print(f"{out / 'out.json'}: {texts} texts, {len(reply.images)} images{ended}")
+    print(f"{out / 'out.json'}: {texts} texts, {len(reply.document.parts) - texts} images{ended}")
     return out
 
 
@@ -110,6 +119,28 @@ def with_role(bundle: Bundle, parts: Sequence[Part]) -> tuple[Part, ...]:
     return tuple(replace(part, role=role) for part in parts)
 
 
+def with_hole(parts: Sequence[Part], hole: Hole) -> tuple[Part, ...]:
+    """A plain document with a hole where the text says ``<mask>``. The spaces before a word belong to it, so that they
+    are the hole's to fill; around an image there are none.
+
+    >>> before, hole, after = with_hole([TextPart("A <mask> cat")], "text")
+    >>> before.text, hole.kind, after.text
+    ('A', 'text', ' cat')
+    """
+    found: list[Part] = []
+    for part in parts:
+        if not isinstance(part, TextPart):
+            found.append(replace(part, role="document"))
+            continue
+        *before, last = part.text.split(HOLE)
+        for piece in before:
+            found += [TextPart(piece.rstrip(" ")), MaskPart(hole)]
+        found.append(TextPart(last))
+    if hole == "image":
+        found = [replace(part, text=part.text.strip()) if isinstance(part, TextPart) else part for part in found]
+    return tuple(part for part in found if not isinstance(part, TextPart) or part.text)
+
+
 def check_drawable(bundle: Bundle, options: SamplingOptions) -> None:
     """Raises GenerationError if a reply could hold an image that nothing here can turn into pixels."""
     vocabulary = bundle.vocabulary
@@ -129,7 +160,7 @@ def check_drawable(bundle: Bundle, options: SamplingOptions) -> None:
 
 def write_replies(out: Path, replies: Sequence[tuple[Reply, dict]]) -> None:
     """``out.json`` and ``image-0.png``, ... of replies one after another, in a folder that appears when whole; what
-    stands beside a reply goes into the entries of its images."""
+    stands beside a reply goes into the entries of its images. A filled prompt's own images are saved as given."""
     out.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(out)
     folder = out.with_name(f".{out.name}.tmp-{os.getpid()}")
@@ -143,7 +174,7 @@ def write_replies(out: Path, replies: Sequence[tuple[Reply, dict]]) -> None:
                     entries.append({"type": "text", "text": part.text})
                     continue
                 name = f"image-{sum(entry['type'] == 'image' for entry in entries)}.png"
-                next(images).save(folder / name)
+                (part.image if isinstance(part, ImagePart) else next(images)).save(folder / name)
                 entries.append({"type": "image", "path": name} | more)
         (folder / "out.json").write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.rename(folder, out)

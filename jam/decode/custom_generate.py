@@ -53,7 +53,8 @@ def custom_generate(
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         prompts = [ids[seen.bool()].tolist() for ids, seen in zip(input_ids.cpu(), real.cpu(), strict=True)]
         for index, ids in enumerate(prompts):
-            if not ids or next_heads(torch.tensor([ids]), own.vocabulary)[0, -1] == IMAGE_HEAD:
+            fills = bool(ids) and ids[-1] == own.vocabulary.controls.get("infill")
+            if not ids or (not fills and next_heads(torch.tensor([ids]), own.vocabulary)[0, -1] == IMAGE_HEAD):
                 state = "ends inside an image" if ids else "is empty"
                 raise GenerationError(
                     f"prompt {index} {state}; required: ids that end outside one, as jam.tokens.render writes them; "

@@ -75,7 +75,7 @@ def generate(
 
     Args:
         prompts: images as codes (``encode_images``). A prompt that ends in a user turn is answered, any other
-            continued.
+            continued; one with a hole is filled (``jam.decode.stream.filled``).
         options: for all prompts, or one for each; None takes the model's defaults.
         streams: the numbers of the rows' random streams, by default 0, 1, ...; a reply depends on its prompt, the
             options and its stream, not on its neighbours.
@@ -100,7 +100,8 @@ class _Loop:
 
     def __init__(self, bundle: Bundle, job: Job):
         self.job, self.device = job, bundle.model.device
-        self.slots = Slots(bundle, job.prompts, max(row.room for row in job.rows), job.prefix, job.kept)
+        room, opened = max(row.room for row in job.rows), [row.phase is Phase.IMAGE for row in job.rows]
+        self.slots = Slots(bundle, job.prompts, room, job.prefix, job.kept, opened)
         self.uniforms = job.uniforms().to(self.device)
         self.vocabulary = bundle.vocabulary
         self.masks: dict[tuple[bool, bool, bool], Tensor] = {}
@@ -188,9 +189,8 @@ class _Loop:
     def _choose(self, indices: Sequence[int]) -> dict[int, int]:
         """The next token of rows with one lane each."""
         phases = {index: self.job.rows[index].phase for index in indices}
-        chosen = {
-            index: self.vocabulary.controls["end_image"] for index, phase in phases.items() if phase is Phase.CLOSE
-        }
+        closing = [index for index, phase in phases.items() if phase is Phase.CLOSE]
+        chosen = {index: self.job.rows[index].rules.closing_id for index in closing}
         if drawing := [index for index, phase in phases.items() if phase is Phase.IMAGE]:
             tokens = self._codes(drawing, self._groups(drawing)) + self.vocabulary.image_span.start
             chosen |= dict(zip(drawing, tokens.tolist(), strict=True))

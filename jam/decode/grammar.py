@@ -6,6 +6,9 @@ A row of the batch is a small machine:
     image: codes, exactly N, then the closing control, which is forced
     done:  after </s>, or when no room is left (``stop`` says which)
 
+A reply that fills a hole is text up to ``</s>``, or the codes of one image, which is open from the start, and then
+``</s>``, which is forced.
+
 Room is what the context and the token budget leave. An image is opened only if its begin, its N codes, its end and one
 more token fit, and images that are still owed (``min_images``) keep their room from the text before them; therefore
 every state has a legal id and no image is ever cut short. Role, pad, mask, infill and bos ids are never legal in a
@@ -23,6 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from jam.document import Hole
 from jam.errors import GenerationError
 from jam.tokens.render import FRAMED, IMAGE_HEAD, TEXT_HEAD
 from jam.tokens.vocabulary import TEXT, Vocabulary
@@ -65,7 +69,8 @@ class Rules:
     """The grammar of all rows of a call.
 
     ``interleaved`` allows text and images, ``text`` text alone, ``image`` images alone (at least one); ``free`` leaves
-    the number of images to the model and to the room, whatever ``max_images`` says.
+    the number of images to the model and to the room, whatever ``max_images`` says. ``hole``: what the reply fills, of
+    the same name as the mode.
 
     Raises:
         GenerationError: an unknown mode, bounds that contradict each other, or images asked of a model without them.
@@ -75,6 +80,7 @@ class Rules:
     mode: Mode = "interleaved"
     min_images: int = 0
     max_images: int = 4
+    hole: Hole | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -96,6 +102,8 @@ class Rules:
             )
         if self.mode == "image" and not self.max_images:
             raise GenerationError("mode is image and max_images 0; required: at least 1; raise max_images")
+        if self.hole == "image" and self.min_images > 1:
+            raise GenerationError(f"min_images is {self.min_images} and a hole takes one image; leave min_images out")
         if self.needed_images and self.vocabulary.framed:
             raise GenerationError(f"an image is asked for; {FRAMED}")
         if self.needed_images and not self.can_draw:
@@ -120,7 +128,9 @@ class Rules:
     @property
     def most_images(self) -> float:
         """Images that a reply may have, room aside."""
-        return math.inf if self.mode == "free" else self.max_images
+        if self.mode == "free":
+            return math.inf
+        return min(self.max_images, 1) if self.hole == "image" else self.max_images
 
     @property
     def needed_images(self) -> int:
@@ -128,8 +138,8 @@ class Rules:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of one image: begin, codes, end."""
-        return self.vocabulary.codes_per_image + 2
+        """Tokens of one image: begin, codes, end; of one in a hole the codes, since the prompt has the controls."""
+        return self.vocabulary.codes_per_image + (0 if self.hole == "image" else 2)
 
     @property
     def needed_tokens(self) -> int:
@@ -149,11 +159,16 @@ class Rules:
             mask[span.start : span.stop] = True
         return mask
 
+    @property
+    def closing_id(self) -> int:
+        """The control that follows the last code."""
+        return self.vocabulary.controls["eos" if self.hole == "image" else "end_image"]
+
     @cached_property
     def closing(self) -> Tensor:
-        """bool [V]: the control that ends an image."""
+        """bool [V]: the control that follows the last code."""
         mask = torch.zeros(self.vocabulary.size, dtype=torch.bool)
-        mask[self.vocabulary.controls["end_image"]] = True
+        mask[self.closing_id] = True
         return mask
 
     @cached_property
@@ -187,6 +202,8 @@ class Row:
     def __post_init__(self) -> None:
         if self.room < self.rules.needed_tokens:
             raise AssertionError(f"room {self.room} is less than {self.rules.needed_tokens}; the caller checks this")
+        if self.rules.hole == "image":
+            self.phase = Phase.IMAGE
 
     @property
     def head(self) -> int:
@@ -233,12 +250,12 @@ class Row:
                 if self.codes == self.rules.vocabulary.codes_per_image:
                     self.phase = Phase.CLOSE
                 kind = Kind.CODE
-            case Phase.CLOSE:
-                self.images, self.codes, self.phase = self.images + 1, 0, Phase.TEXT
-                kind = Kind.END
             case _ if token == controls["eos"]:
                 self.phase, self.stop = Phase.DONE, "eos"
                 return Kind.EOS
+            case Phase.CLOSE:
+                self.images, self.codes, self.phase = self.images + 1, 0, Phase.TEXT
+                kind = Kind.END
             case _ if token == controls.get("begin_image"):
                 self.phase = Phase.IMAGE
                 kind = Kind.BEGIN

@@ -15,11 +15,13 @@ from jam.decode.choose import used
 from jam.decode.grammar import Kind, Phase, Row, Rules, Step
 from jam.decode.options import SamplingOptions, default_options
 from jam.decode.stop import StopText
-from jam.document import Document
+from jam.document import Document, Hole
 from jam.errors import GenerationError
+from jam.models.heads import next_heads
 from jam.models.load import Bundle
-from jam.tokens.render import render
+from jam.tokens.render import IMAGE_HEAD, render
 from jam.tokens.text import TextStream, TextTokenizer
+from jam.tokens.vocabulary import Vocabulary
 
 Options = SamplingOptions | Sequence[SamplingOptions] | None
 
@@ -159,11 +161,17 @@ def prepare_ids(
     options: Sequence[SamplingOptions],
     streams: Sequence[int] | None = None,
 ) -> Job:
-    """As ``prepare``, from ids that stand outside an image and one set of options a prompt."""
+    """As ``prepare``, from ids that stand outside an image, or end in ``<infill>``, and one set of options a prompt."""
     context, rows = context_length(bundle), []
     for index, (tokens, own) in enumerate(zip(prompts, options, strict=True)):
-        rules = Rules(bundle.vocabulary, own.mode, own.min_images, own.max_images)
         where = f"prompt {index}: " if len(prompts) > 1 else ""
+        hole = _hole_of(tokens, bundle.vocabulary)
+        if hole is not None and own.mode in ("text", "image") and own.mode != hole:
+            raise GenerationError(
+                f"{where}the hole in the prompt takes {hole} and mode is {own.mode}; required: mode {hole}, change it "
+                "or the hole"
+            )
+        rules = Rules(bundle.vocabulary, hole or own.mode, own.min_images, own.max_images, hole)
         left = context - len(tokens)
         if left < rules.needed_tokens:
             raise GenerationError(
@@ -181,7 +189,7 @@ def prepare_ids(
     guided_rows = [index for index, row in enumerate(rows) if options[index].guided and row.rules.may_draw]
     if guided_rows:
         job.prefix = _unconditional_prefix(bundle)
-        needed = len(job.prefix) + rows[0].rules.image_tokens
+        needed = len(job.prefix) + max(row.rules.image_tokens for row in rows)
         if needed > context:
             raise GenerationError(
                 f"the model's context is {context}; guidance needs {needed} for one image; set guidance_scale to 1"
@@ -197,6 +205,13 @@ def prepare_ids(
                     f"{len(job.kept[index]) + drawn}; set max_images lower, or leave image_guidance_scale out"
                 )
     return job
+
+
+def _hole_of(tokens: Sequence[int], vocabulary: Vocabulary) -> Hole | None:
+    """What a prompt that ends in ``<infill>`` wants, as the head rule reads it."""
+    if not tokens or tokens[-1] != vocabulary.controls.get("infill"):
+        return None
+    return "image" if next_heads(torch.tensor([tokens]), vocabulary)[0, -1] == IMAGE_HEAD else "text"
 
 
 def _images_of(bundle: Bundle, tokens: Sequence[int]) -> list[int]:

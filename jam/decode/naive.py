@@ -59,7 +59,7 @@ class _Row:
                 return int(choose_codes(self.options, scores, draw, job.used_codes([index], device))) + start
             case Phase.CLOSE:
                 self.images += [self.controls["begin_image"], *self._image(), self.controls["end_image"]]
-                return self.controls["end_image"]
+                return self.row.rules.closing_id
         logits = self._last([*job.prompts[index], *job.replies[index]])
         legal = self.row.legal()[None]
         return int(choose_text(self.options, logits, legal, draw, job.used_text([index], logits.shape[-1], device)))

@@ -14,6 +14,8 @@ and its positions go on from the prefix, so an image costs no second prefill:
 A third row, which drops the text and keeps the images, begins with the prefix and the prompt's images, takes every
 image of the reply with its closing control, and goes on counting: nothing of it is hidden again.
 
+A reply that fills a hole with an image begins inside it, and so do the rows under it, with the control that opens one.
+
 Masks are explicit, 4D, over slots, and so are positions: learned positions would otherwise count the gaps.
 Nothing here samples or knows the grammar. What a step does it does on the device; nothing is read back.
 
@@ -27,7 +29,7 @@ of A: the streams one under another, the replies' lanes first), P prompt slots, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import compress, pairwise
 
 import torch
 from torch import Tensor
@@ -57,6 +59,7 @@ class Slots:
         room: tokens of the longest reply possible.
         prefix: the unconditional prefix of guidance rows; None runs none.
         images: what each prompt's third stream begins with; None runs none.
+        opened: which replies begin inside an image; None is none.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Slots:
         room: int,
         prefix: Ids | None = None,
         images: Sequence[Ids] | None = None,
+        opened: Sequence[bool] | None = None,
     ):
         self.readout, self.device = bundle.readout(), bundle.model.device
         self.dtype = attention_dtype(bundle.model)
@@ -77,6 +81,9 @@ class Slots:
             self.streams.append([prefix] * self.lanes)
         if images is not None:
             self.streams.append(list(images))
+        for stream in self.streams[1:]:
+            for lane in compress(range(self.lanes), opened or ()):
+                stream[lane] = [*stream[lane], bundle.vocabulary.controls["begin_image"]]
         self.width = max(len(ids) for stream in self.streams for ids in stream)
         self.room = room
         self.prefix = 0 if prefix is None else len(prefix)
@@ -86,11 +93,10 @@ class Slots:
         """Runs every prompt that is there, equal ones once; the scores after them are ready then."""
         groups = [list(dict.fromkeys(map(tuple, stream))) for stream in self.streams]
         self.cache = SlotCache(sum(map(len, groups)), self.width, self.dtype)
-        first, states, places = 0, (), []
+        first, states, places = 0, [], []
         for stream, group in zip(self.streams, groups, strict=True):
-            last = self._start(group, first)
+            states.append(self._start(group, first))
             places += [first + group.index(tuple(ids)) for ids in stream]
-            states = last if first == 0 else states
             first += len(group)
         self.cache = self.readout.start(self.cache, torch.tensor(places), self.width, self.width + self.room)
         batch = len(places)
@@ -102,8 +108,8 @@ class Slots:
         self.prefix_S = torch.zeros_like(self.seen_BS[0])
         self.prefix_S[self.width - self.prefix : self.width] = True
         self.filled = self.width
-        rows = torch.tensor(places[: self.lanes], device=self.device)
-        self.states = tuple(part[rows] for part in states)
+        rows = torch.tensor(places, device=self.device)
+        self.states = tuple(torch.cat(parts)[rows] for parts in zip(*states, strict=True))
 
     def _start(self, group: Sequence[Ids], first: int) -> tuple[Tensor, ...]:
         """The last states of prompts that go into rows ``first``, ... of the cache."""

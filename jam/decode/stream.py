@@ -7,7 +7,8 @@ A half-written image never enters the document: stop reading at any step, and th
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -17,7 +18,8 @@ from jam.decode.engine import generate
 from jam.decode.grammar import Kind, Step, StopReason
 from jam.decode.job import Options, options_of
 from jam.decode.stop import StopText
-from jam.document import CodesPart, Document, Part, Role, TextPart
+from jam.document import CodesPart, Document, Hole, MaskPart, Part, Role, TextPart
+from jam.errors import GenerationError
 from jam.models.load import Bundle
 from jam.tokens.text import TextStream
 
@@ -80,6 +82,7 @@ class Reply:
 class _Row:
     role: Role
     stream: TextStream
+    opened: bool = False  # the reply begins inside an image
     parts: list[Part] = field(default_factory=list)
     text: list[int] = field(default_factory=list)
     codes: list[int] = field(default_factory=list)
@@ -108,9 +111,14 @@ class ReplyStream:
         if preview_rows and bundle.image is not None:
             self.preview_every = preview_rows * math.isqrt(bundle.image.codes_per_image)
         self.rows = [
-            _Row(reply_role(prompt), TextStream(bundle.text), words=own.stop)
+            _Row(reply_role(prompt), *self._beginning(prompt), words=own.stop)
             for prompt, own in zip(prompts, options_of(bundle, prompts, options), strict=True)
         ]
+
+    def _beginning(self, prompt: Document) -> tuple[TextStream, bool]:
+        """The text that a reply begins with, which goes on from other text in a hole, and whether an image is open."""
+        inside = any(isinstance(a, TextPart) and _is_hole(b, "text") for a, b in pairwise(prompt.parts))
+        return TextStream(self.bundle.text, inside), any(_is_hole(part, "image") for part in prompt.parts)
 
     def push(self, step: Step) -> list[Event]:
         row, index = self.rows[step.row], step.row
@@ -127,6 +135,8 @@ class ReplyStream:
                 events += self._close_text(index)
                 events.append(ImageStart(index, row.drawn))
             case Kind.CODE:
+                if row.opened and not row.codes:
+                    events.append(ImageStart(index, row.drawn))
                 row.codes.append(step.token - self.bundle.vocabulary.image_span.start)
                 total = self.bundle.vocabulary.codes_per_image
                 preview = None
@@ -136,7 +146,7 @@ class ReplyStream:
             case Kind.END:
                 events.append(self._close_image(index))
             case Kind.EOS:
-                pass
+                events += [self._close_image(index)] if row.codes else []
         if step.stop is not None:
             events += self._close_text(index)
             row.stop = step.stop
@@ -153,7 +163,7 @@ class ReplyStream:
         return [TextDelta(index, text)] if text else []
 
     def _text_part(self, row: _Row) -> list[Part]:
-        text = self.bundle.text.decode(row.text)[: row.cut] if row.text else ""
+        text = self.bundle.text.decode(row.text, row.stream.inside)[: row.cut] if row.text else ""
         return [TextPart(text, row.role)] if text else []
 
     def _close_text(self, index: int) -> list[Event]:
@@ -176,10 +186,33 @@ class ReplyStream:
         return ImageDone(index, row.drawn - 1, codes, image)
 
 
+def _is_hole(part: Part, kind: Hole) -> bool:
+    return isinstance(part, MaskPart) and part.kind == kind
+
+
 def reply_role(prompt: Document) -> Role:
     """The assistant answers a conversation; a plain document goes on as itself."""
     last = prompt.parts[-1].role if prompt.parts else "document"
     return "document" if last == "document" else "assistant"
+
+
+def filled(prompt: Document, reply: Reply) -> Document:
+    """A prompt with what fills its hole in the hole's place; neighbouring text becomes one part.
+
+    Raises:
+        GenerationError: the prompt has no hole, or more than one.
+    """
+    holes = sum(isinstance(part, MaskPart) for part in prompt.parts)
+    if holes != 1:
+        raise GenerationError(f"the prompt has {holes} holes; required: one, give the prompt of this reply")
+    parts: list[Part] = []
+    for place in prompt.parts:
+        for part in reply.document.parts if isinstance(place, MaskPart) else (place,):
+            if isinstance(part, TextPart) and parts and isinstance(parts[-1], TextPart):
+                parts[-1] = replace(parts[-1], text=parts[-1].text + part.text)
+            else:
+                parts.append(part)
+    return Document(tuple(parts))
 
 
 def events(

@@ -4,9 +4,13 @@ Layout (CM3Leon, arXiv 2309.02591, figure 9: text <break> image <break> ... <eos
 
     <s> text <break> codes <break> text </s>                                     a plain document
     <s> <user> text <assistant> text <break> codes <break> text </s> <user> ...  a conversation
+    <s> text <mask> <break> codes <break> <infill>                               a prompt with a hole in its text
+    <s> <break> <mask> <break> text <infill>                                     one with an image missing
 
 A role token stands wherever the speaker changes; ``</s>`` closes a plain document and every assistant turn. Where the
-vocabulary has a chat model's own ``turns``, they stand in place of ``<s> <user>``, ``<user>`` and ``<assistant>``.
+vocabulary has a chat model's own ``turns``, they stand in place of ``<s> <user>``, ``<user>`` and ``<assistant>``. A
+prompt with a hole is written as CM3 training writes the whole document with that span moved to its end
+(``finetune.cm3.mask_spans``), up to where the span begins.
 Each token also carries the *head* that predicts it, text or image (``design``: two heads are never compared), and its
 loss weight. The head is local: a token is predicted by the image head when an image is open before it, the closing
 ``<break>`` included.
@@ -16,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jam.document import CodesPart, Document, ImagePart, Part, Role, TextPart
+from jam.document import CodesPart, Document, ImagePart, MaskPart, Part, Role, TextPart
 from jam.errors import DataError
 from jam.tokens.text import TextTokenizer
 from jam.tokens.vocabulary import IMAGE, Vocabulary
@@ -75,14 +79,15 @@ def render(document: Document, vocabulary: Vocabulary, text: TextTokenizer, comp
 
     Args:
         complete: True closes the document with ``</s>``; False leaves it open for the model to go on, and after a user
-            turn appends the assistant's role token (a prompt).
+            turn appends the assistant's role token (a prompt), or ``<infill>`` where the document has a hole.
 
     Raises:
         DataError: an image in pixels (tokenise it first), an image of the wrong length or of more than codes, a control
-            that this vocabulary lacks, or a reply that nobody asked for where the vocabulary's turns begin with the
-            user.
+            that this vocabulary lacks, a reply that nobody asked for where the vocabulary's turns begin with the user,
+            or a hole that cannot be filled: a second one, one in a conversation, one in a complete document.
     """
     controls, turns = vocabulary.controls, vocabulary.turns
+    hole = _hole(document, vocabulary, complete)
 
     def control(name: str) -> list[int]:
         if name not in controls:
@@ -103,6 +108,7 @@ def render(document: Document, vocabulary: Vocabulary, text: TextTokenizer, comp
         writer.add(control("bos"), TEXT_HEAD, 0.0, True)
     role: Role = "document"
     weight = 0.0
+    inside = False  # after a hole in text
     for part in document.parts:
         if part.role != role:
             if role == "assistant":
@@ -112,7 +118,7 @@ def render(document: Document, vocabulary: Vocabulary, text: TextTokenizer, comp
         weight = part.loss
         match part:
             case TextPart():
-                ids = text.encode(part.text)
+                ids = text.encode(part.text, inside)
                 if ids:
                     writer.add(ids, TEXT_HEAD, weight, False)
             case CodesPart():
@@ -126,13 +132,43 @@ def render(document: Document, vocabulary: Vocabulary, text: TextTokenizer, comp
                 writer.add(control("begin_image"), TEXT_HEAD, weight, True)
                 writer.add(vocabulary.image_ids(np.array(part.codes)).tolist(), IMAGE_HEAD, weight, False)
                 writer.add(control("end_image"), IMAGE_HEAD, weight, True)
+            case MaskPart(kind="image"):
+                if vocabulary.framed:
+                    raise DataError(FRAMED)
+                writer.add(control("begin_image"), TEXT_HEAD, weight, True)
+                writer.add(control("mask"), IMAGE_HEAD, weight, True)
+                writer.add(control("end_image"), IMAGE_HEAD, weight, True)
+            case MaskPart():
+                writer.add(control("mask"), TEXT_HEAD, weight, True)
             case ImagePart():
                 raise DataError("an image in pixels cannot be rendered; turn it into codes first (Document.with_codes)")
+        inside = isinstance(part, MaskPart) and part.kind == "text"
     if complete:
         writer.add(control("eos"), TEXT_HEAD, weight, True)
+    elif hole:
+        writer.add(control("infill"), TEXT_HEAD, weight, True)
     elif role == "user":
         writer.add(begin("assistant", role), TEXT_HEAD, 0.0, True)
     return writer.tokens()
+
+
+def _hole(document: Document, vocabulary: Vocabulary, complete: bool) -> bool:
+    """Whether a document has a hole. Raises DataError for one that cannot be filled."""
+    count = sum(isinstance(part, MaskPart) for part in document.parts)
+    if not count:
+        return False
+    if complete:
+        raise DataError("a complete document has no hole; fill it first (jam.decode.stream.filled) or give a prompt")
+    if count > 1:
+        raise DataError(f"the prompt has {count} holes; one is filled at a time, leave out the others")
+    if any(part.role != "document" for part in document.parts):
+        raise DataError("a hole in a conversation; only a plain document has one, leave out who speaks")
+    if missing := [name for name in ("mask", "infill") if name not in vocabulary.controls]:
+        raise DataError(
+            f"the prompt has a hole and this model's vocabulary no {missing[0]!r} control; models trained with the CM3 "
+            "objective fill holes, use one of these or a prompt without"
+        )
+    return True
 
 
 def _turn_at(ids: list[int], at: int, role: Role, vocabulary: Vocabulary) -> tuple[Role, int] | None:

@@ -14,7 +14,8 @@ from PIL import Image
 
 import jam.chat
 from jam.cli import main
-from jam.document import CodesPart, from_messages
+from jam.document import CodesPart, TextPart, from_messages
+from jam.generate import user_turn
 from jam.tokens.image import open_image
 from jam.tokens.vq import VQModel
 from merge.recipe import MergeRecipe
@@ -136,9 +137,28 @@ def test_generate_reads_images_and_empty_folders_are_fine(fused: Path, picture: 
     assert (out / "out.json").exists()
 
 
+def test_generate_fills_a_hole_and_writes_the_whole(fused: Path, picture: Path, tmp_path: Path) -> None:
+    """Text around a hole in text, a given image as it was given, an image in the hole's place."""
+    arguments = ["--prompt", "A small <mask> on white <image>", "--image", str(picture), "--temperature", "1", *SHORT]
+    assert main(["generate", str(fused), *arguments, "--out", str(tmp_path / "text")]) == 0
+    text, image = reply(tmp_path / "text")
+    assert text["text"].startswith("A small") and text["text"].endswith(" on white")
+    assert "<mask>" not in text["text"] and len(text["text"]) > len("A small on white")
+    assert open_image(tmp_path / "text" / image["path"]).tobytes() == open_image(picture).tobytes()
+    arguments = ["--prompt", "<mask> a red dot", "--mode", "image", *SHORT]
+    assert main(["generate", str(fused), *arguments, "--out", str(tmp_path / "image")]) == 0
+    image, text = reply(tmp_path / "image")
+    assert text == {"type": "text", "text": "a red dot"}
+    assert open_image(tmp_path / "image" / image["path"]).size == (8, 8)
+    assert main(["generate", str(fused), *arguments, "--candidates", "2", "--out", str(tmp_path / "some")]) == 0
+    assert [entry["type"] for entry in reply(tmp_path / "some")] == ["image", "image"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--prompt", "a <mask> or a <mask>"], ["2 holes", "one is filled"]),
+        (["--prompt", "a <mask>", "--mode", "image", "--max-tokens", "4"], ["max_tokens is 4", "needs 5"]),
         (["--prompt", "x" * 300], ["303", "256", "shorten the prompt"]),
         (["--prompt", "x", "--image", "missing.png"], ["missing.png", "no such image"]),
         (["--prompt", "<image> and <image>", "--image", "PICTURE"], ["2 <image> markers", "1 images"]),
@@ -180,6 +200,21 @@ def test_generate_refuses_images_for_a_text_model(
     arguments = ["--prompt", "x", "--image", str(picture), "--out", str(tmp_path / "out")]
     assert main(["generate", str(parents[0]), *arguments]) == 2
     assert "no image tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["interleaved", "image"])
+def test_generate_refuses_a_hole_for_a_text_model(
+    parents: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    arguments = ["--prompt", "a <mask>", "--mode", mode, "--out", str(tmp_path / "out")]
+    assert main(["generate", str(parents[0]), *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the prompt has a hole" in error and "no 'mask' control" in error and "CM3" in error
+
+
+def test_a_mask_in_a_conversation_is_text() -> None:
+    (said,) = user_turn("what is a <mask>?", [])
+    assert said == TextPart("what is a <mask>?", "user", 0.0)
 
 
 def test_generate_of_a_model_whose_image_tokenizer_only_reads(
