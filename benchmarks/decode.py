@@ -176,7 +176,7 @@ def previews(rounds: int, device: torch.device) -> list[str]:
                 bundle.image.preview(codes[: row * grid]) for row in range(every, grid, every)
             ],
         }
-        took = medians(sides, max(5, rounds), device)
+        took = medians(sides, max(3, rounds), device)
         lines.append(
             f"shipped model, {way}: {1000 * took['draw']:.0f} ms an image, previews every {every} of {grid} rows "
             f"{1000 * took['show']:.1f} ms, {100 * took['show'] / took['draw']:.1f} % (bar 3)"
