@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from jam.decode.cache import SlotCache
 from jam.decode.memory import DecodeMemory, decode_memory
 from jam.models.cpu import attention_dtype
 from jam.models.load import Bundle, load_bundle
+from jam.models.slot_cache import SlotCache
 from tests.decode.bundles import cross_bundle, plain_bundle
 from tests.tiny import tiny_pair
 
