@@ -5,11 +5,15 @@ from a prompt of 64 tokens. All sides are greedy and are then told the same toke
 same sequence. Every figure is the time of a whole image; sides alternate, medians are shown. Between transformers and
 the decoder stand two loops that take its gains one by one: both streams in one batch, then the codes' rows of the head.
 
+Last, what it costs to show an image while it is drawn: the previews of the shipped model's, one a quarter of its rows,
+against drawing it (with the model's own settings, four beams, and by chance without guidance).
+
     python -m benchmarks.decode            # 24 layers, d 1024, 256 codes
     python -m benchmarks.decode --quick    # 8 layers, 32 codes, one round (under a minute)
 """
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -19,13 +23,15 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
 from jam.decode import engine
-from jam.decode.engine import run_job
-from jam.decode.grammar import Row, Rules
+from jam.decode.engine import generate, run_job
+from jam.decode.grammar import Kind, Row, Rules
 from jam.decode.job import Job
-from jam.decode.options import SamplingOptions
+from jam.decode.options import SamplingOptions, default_options
+from jam.document import Document, TextPart
 from jam.memory import keep_freed_memory
-from jam.models.load import Bundle, quiet_transformers
+from jam.models.load import Bundle, load_bundle, quiet_transformers
 from jam.models.readout import readout
+from jam.shipped import model_folder
 from jam.tokens.vocabulary import Span, Vocabulary
 
 IDS, CODES, PROMPT = 73_728, 8_192, 64
@@ -153,6 +159,31 @@ def medians(sides: dict[str, Callable[[], object]], rounds: int, device: torch.d
     return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
+def previews(rounds: int, device: torch.device) -> list[str]:
+    """A line for each way of drawing with the shipped model."""
+    bundle = load_bundle(model_folder(None))
+    bundle.pack()
+    prompt = Document((TextPart("Draw a red apple in the flat style.", "user"),))
+    grid = math.isqrt(bundle.image.codes_per_image)
+    every, lines, span = grid // 4, [], bundle.vocabulary.image_span
+    ways = {"the model's own settings": {}, "by chance, no guidance": {"image_temperature": 1.0, "guidance_scale": 1.0}}
+    for way, said in ways.items():
+        own = default_options(bundle, mode="image", max_images=1, max_tokens=grid**2 + 3, **said)
+        codes = [step.token - span.start for step in generate(bundle, [prompt], own) if step.kind is Kind.CODE]
+        sides = {
+            "draw": lambda own=own: list(generate(bundle, [prompt], own)),
+            "show": lambda codes=codes: [
+                bundle.image.preview(codes[: row * grid]) for row in range(every, grid, every)
+            ],
+        }
+        took = medians(sides, max(3, rounds), device)
+        lines.append(
+            f"shipped model, {way}: {1000 * took['draw']:.0f} ms an image, previews every {every} of {grid} rows "
+            f"{1000 * took['show']:.1f} ms, {100 * took['show'] / took['draw']:.1f} % (bar 3)"
+        )
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
@@ -209,6 +240,8 @@ def main() -> None:
     for title, name, note in rows:
         print(f"| {title} | {took[name]:.2f} | {1000 * took[name] / codes:.1f} | {note} |")
     print(f"\nforwards: {forwards} for {codes} codes, of which {forwards - codes} are not codes")
+    for line in previews(rounds, torch.device("cpu")):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -297,8 +297,15 @@ def generate(
         int | None, typer.Option(min=1, help="Images to draw by chance and rank for one prompt; best first.")
     ] = None,
     rank: Annotated[
-        Rank, typer.Option(help="Rank candidates by how likely the prompt makes them, or by its ratio to no prompt.")
-    ] = Rank.likelihood,
+        Rank | None,
+        typer.Option(
+            help="Rank candidates by how likely the prompt makes them (default), or by its ratio to no prompt."
+        ),
+    ] = None,
+    clip: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Rank candidates by a CLIP, in open_clip's or transformers' format."),
+    ] = None,
     seed: Seed = None,
     temperature: TextTemperature = None,
     top_p: TextTopP = None,
@@ -325,7 +332,8 @@ def generate(
         images=image or [],
         out=out,
         candidates=candidates,
-        rank=rank.value,
+        rank=None if rank is None else rank.value,
+        clip=clip,
         mode=mode.value,
         stop=None if stop is None else tuple(stop),
         max_images=max_images,

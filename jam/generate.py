@@ -38,7 +38,8 @@ def run_generate(
     images: Sequence[Path] = (),
     out: Path,
     candidates: int | None = None,
-    rank: Rank = "likelihood",
+    rank: Rank | None = None,
+    clip: Path | None = None,
     running: Running = AUTOMATIC,
     **options: Said | None,
 ) -> Path:
@@ -52,7 +53,8 @@ def run_generate(
         out: a new or empty folder.
         candidates: images to draw in one batch and rank (``jam.decode.candidates``), in mode ``image`` whatever
             ``options`` say; their entries, best first, have ``score`` and ``guidance`` too, and stand alone.
-        rank: how the model ranks them.
+        rank: how the model ranks them; by likelihood if nothing is said.
+        clip: a CLIP's folder (``jam.evaluate.clip``), which ranks them instead by the words of the prompt.
         running: where the model runs, and in which numbers.
         options: fields of :class:`jam.decode.options.SamplingOptions`; None leaves the model's default.
 
@@ -64,22 +66,38 @@ def run_generate(
     """
     out = Path(os.path.abspath(out))
     check_output(out)
-    if candidates is not None:  # images drawn by chance, where nothing else is said
+    if candidates is not None:
         options |= {"mode": "image", "max_images": 1}
-        if options.get("image_temperature") is None and options.get("image_beams") is None:
-            options["image_temperature"] = 1.0
+    elif clip is not None:
+        raise GenerationError("a CLIP is given and no number of candidates for it to rank; say how many to draw")
+    if clip is not None and rank is not None:
+        raise GenerationError(
+            f"rank is {rank} and a CLIP is given; one of the two ranks candidates, leave the other out"
+        )
     turn = user_turn(prompt, [open_image(Path(image)) for image in images])
     hole: Hole | None = None if HOLE not in prompt else "image" if options.get("mode") == "image" else "text"
     said = said_options(**options)
+    judge = None
+    if clip is not None:
+        from jam.evaluate.clip import ClipJudge  # imports more of transformers
+
+        judge = ClipJudge.load(clip).of(" ".join(part.text for part in turn if isinstance(part, TextPart)))
     bundle = running.open(path)
     settings = default_options(bundle, **said)
+    if (
+        candidates is not None
+        and settings.image_temperature == 0
+        and not {"image_temperature", "image_beams"} & {*said}
+    ):
+        settings = default_options(bundle, **said, image_temperature=1.0)  # candidates are drawn by chance
     check_drawable(bundle, settings if hole != "text" else replace(settings, mode="text"))
     asked = Document(with_role(bundle, turn) if hole is None else with_hole(turn, hole))
     document = encode_images(bundle, asked)
     if candidates is not None:
-        found = draw_candidates(bundle, document, candidates, settings, rank)
+        found = draw_candidates(bundle, document, candidates, settings, rank or "likelihood", judge)
         write_replies(out, [(one.reply, {"score": one.score, "guidance": one.guidance}) for one in found])
-        print(f"{out / 'out.json'}: {len(found)} images, best first by the model's own {rank}")
+        by = f"the model's own {rank or 'likelihood'}" if clip is None else f"CLIP ({clip})"
+        print(f"{out / 'out.json'}: {len(found)} images, best first by {by}")
         return out
     (reply,) = replies(bundle, [document], settings)
     if hole is not None:

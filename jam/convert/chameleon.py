@@ -23,7 +23,7 @@ from jam.convert.outputs import BLOCK, Output, beside, check_shapes, copied, mad
 from jam.convert.pickles import PickledTensor, Pickles
 from jam.errors import CheckpointError
 from jam.floats import LONG, from_float32, to_float32
-from jam.layouts.chameleon import chameleon_vocabulary
+from jam.layouts.chameleon import SAMPLING, chameleon_vocabulary
 from jam.models.families import FAMILIES
 from jam.shards import TensorSpec
 from jam.tokens.vocabulary import JamFile, Vocabulary
@@ -133,7 +133,7 @@ class Chameleon:
 
     def jam_file(self, codes_per_image: int) -> JamFile:
         vocabulary: Vocabulary = replace(self.vocabulary, codes_per_image=codes_per_image)
-        return JamFile(vocabulary, "image_tokenizer", ("bos", "begin_image"))
+        return JamFile(vocabulary, "image_tokenizer", ("bos", "begin_image"), sampling=dict(SAMPLING))
 
     def _read_params(self) -> dict:
         params = read_json(self.files.model / "params.json")

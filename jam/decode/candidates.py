@@ -1,10 +1,10 @@
 """Several images for one prompt, in one batch, best first.
 
 Half are drawn under guidance with a nucleus, half by contrastive decoding: the two err differently, and CM3Leon's best
-results come from both (arXiv 2309.02591, section 3.1 and figure 4). A judge ranks them where one is given (CLIP, for
-one). Else the model does, from scores that it has computed anyway: by how likely its prompt makes the codes, or by the
-ratio of that to how likely nothing makes them. The ratio is what contrastive decoding maximises, and on the shipped
-model it puts the worst pictures first (docs/log.md).
+results come from both (arXiv 2309.02591, section 3.1 and figure 4). A judge ranks them where one is given (a CLIP,
+``jam.evaluate.clip``). Else the model does, from scores that it has computed anyway: by how likely its prompt makes the
+codes, or by the ratio of that to how likely nothing makes them. The ratio is what contrastive decoding maximises, and
+on the shipped model it puts the worst pictures first (docs/log.md).
 """
 
 from collections.abc import Callable, Sequence

@@ -128,8 +128,8 @@ class SamplingOptions:
 def default_options(bundle: Bundle, **said: float | str | None) -> SamplingOptions:
     """The model's own defaults (``sampling`` in its jam.json) under what is said; None is not said.
 
-    An image temperature without a word on beams turns the search off, and beams without a word on the temperature
-    turn chance off: one of the two has to give way.
+    A default gives way to what is said where the two exclude each other: an image temperature turns the search off,
+    beams turn chance and the penalty of images off, cd_k or a guidance scale of 1 the guidance by images apart.
 
     Raises:
         GenerationError: a value out of its range, or a default that is no option.
@@ -146,7 +146,9 @@ def default_options(bundle: Bundle, **said: float | str | None) -> SamplingOptio
     if "image_temperature" in said and "image_beams" not in said:
         defaults.pop("image_beams", None)
     elif said.get("image_beams", 1) > 1 and "image_temperature" not in said:
-        defaults["image_temperature"] = 0.0
+        defaults |= {"image_temperature": 0.0, "image_repetition_penalty": 1.0}
+    if said.get("guidance") == "cd_k" or said.get("guidance_scale") == 1:
+        defaults.pop("image_guidance_scale", None)
     return SamplingOptions(**(defaults | said))
 
 

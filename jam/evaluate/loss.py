@@ -9,7 +9,7 @@ Shapes: B documents of a batch, T tokens of its longest.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,12 +49,11 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[in
 
 
 @torch.no_grad()
-def sum_nats(
-    bundle: Bundle, items: Sequence[Item], batch_tokens: int = 4096, progress: Progress | None = None
-) -> float:
-    """Total of -ln p over every scored token, each given all tokens before it in its document."""
-    total, done = 0.0, 0
-    overall = sum(len(item.tokens) for item in items)
+def scored_logits(
+    bundle: Bundle, items: Sequence[Item], batch_tokens: int = 4096
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Float logits [N, V] of every scored token, given all tokens before it in its document, and the tokens themselves
+    [N], batch by batch; with the number of tokens that the batch holds. The order depends on the lengths alone."""
     device = bundle.model.device
     bundle.model.eval()
     for group in batches_by_length([len(item.tokens) for item in items], batch_tokens):
@@ -73,9 +72,18 @@ def sum_nats(
         positions = torch.arange(longest - 1, device=device).expand_as(inputs)
         logits, _ = bundle.logits(inputs, heads[:, 1:], position_ids=positions)
         keep = scored[:, 1:]
-        nats = torch.nn.functional.cross_entropy(logits[keep].float(), ids[:, 1:][keep], reduction="none")
-        total += nats.double().sum().item()
-        done += sum(len(items[index].tokens) for index in group)
+        yield logits[keep].float(), ids[:, 1:][keep], sum(len(items[index].tokens) for index in group)
+
+
+def sum_nats(
+    bundle: Bundle, items: Sequence[Item], batch_tokens: int = 4096, progress: Progress | None = None
+) -> float:
+    """Total of -ln p over every scored token, each given all tokens before it in its document."""
+    total, done = 0.0, 0
+    overall = sum(len(item.tokens) for item in items)
+    for logits, ids, tokens in scored_logits(bundle, items, batch_tokens):
+        total += torch.nn.functional.cross_entropy(logits, ids, reduction="none").double().sum().item()
+        done += tokens
         if progress:
             progress(done, overall)
     return total

@@ -25,6 +25,7 @@ class Appended:
     codes_per_image: int
     notes: tuple[str, ...]
     lacks: str  # as ModelFolder.lacks
+    sampling: Mapping[str, float]  # the owner's settings, as JamFile.sampling
 
     def fits(self, owner: Owner) -> bool:
         return owner.config.get("model_type") == self.model_type and owner.has(*self.controls.values())
@@ -45,5 +46,5 @@ class Appended:
         controls = {control: words.ids[name] for control, name in self.controls.items()}
         codes = range(words.count, words.count + self.codes)
         vocabulary = vocabulary_of(owner, owner.config, codes, controls, self.codes_per_image)
-        jam = JamFile(vocabulary, None, self.unconditional)
+        jam = JamFile(vocabulary, None, self.unconditional, sampling=dict(self.sampling))
         return ModelFolder(owner.checkpoint, jam, self.name, notes=self.notes, lacks=self.lacks)

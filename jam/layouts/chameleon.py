@@ -33,6 +33,17 @@ REQUIRED = ("bos", "eos", "begin_image", "end_image")
 ROW_END = "<reserved08799>"  # Lumina-mGPT's
 UNCONDITIONAL = ("bos", "begin_image")
 CODES_PER_IMAGE = 1024  # of the release: 512 px, 16 px a code
+# defaults of the sampler in facebookresearch/chameleon, which Anole took over
+SAMPLING = {
+    **{"text_temperature": 0.7, "text_top_p": 0.9, "text_repetition_penalty": 1.2},
+    **{"image_temperature": 0.7, "image_top_p": 0.9, "guidance_scale": 3.0, "image_guidance_scale": 1.2},
+}
+# defaults of lumina_mgpt/inference_solver.py (Alpha-VLLM/Lumina-mGPT, 250b9cf), with the temperature of its README,
+# whose examples guide by 4
+LUMINA_SAMPLING = {
+    **{"text_temperature": 1.0, "text_top_p": 1.0, "text_top_k": 10},
+    **{"image_temperature": 1.0, "image_top_p": 1.0, "image_top_k": 2000, "guidance_scale": 3.0},
+}
 LUMINA = (
     f"Lumina-mGPT writes an image's size and {ROW_END} between its codes: weights and ids are kept, but jam cannot "
     "draw its images yet or train on them; in a merge with another tokenizer its size tokens are left out",
@@ -125,7 +136,7 @@ def view(owner: Owner) -> ModelFolder:
         lacks = "its image network has no decoder: it reads pictures and draws codes"
     return ModelFolder(
         Checkpoint(owner.path, config, decoder),
-        JamFile(vocabulary, None, UNCONDITIONAL),
+        JamFile(vocabulary, None, UNCONDITIONAL, sampling=dict(LUMINA_SAMPLING if lumina else SAMPLING)),
         "Lumina-mGPT" if lumina else "Chameleon",
         found,
         unordered(order),

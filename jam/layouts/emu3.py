@@ -43,6 +43,8 @@ NOTES = (
     "Emu3 writes an image's size as text and ends every row of codes with a token: weights and ids are kept, but jam "
     f"cannot draw its images yet or train on them; codes_per_image is that of {RESOLUTION} px squares",
 )
+# the owner's image_generation.py (baaivision/Emu3, 005719f), where what it leaves out is transformers' default
+SAMPLING = {"image_temperature": 1.0, "image_top_p": 1.0, "image_top_k": 2048, "guidance_scale": 3.0}
 _CODE = re.compile(r"<\|visual token (\d{6})\|>")
 
 
@@ -96,7 +98,7 @@ def view(owner: Owner) -> ModelFolder:
     factor = 2 ** (len(levels) - 1)
     controls = {control: words[name] for control, name in CONTROLS.items()}
     vocabulary = vocabulary_of(owner, config, span, controls, (RESOLUTION // factor) ** 2)
-    jam = JamFile(vocabulary, None, ("bos", "begin_image"))
+    jam = JamFile(vocabulary, None, ("bos", "begin_image"), sampling=dict(SAMPLING))
     return ModelFolder(Checkpoint(owner.path, config, decoder), jam, "Emu3", found, unordered(order), NOTES)
 
 

@@ -17,4 +17,6 @@ LIQUID = Appended(
     notes=(),
     lacks="Liquid ships no image network; to make pictures give image_tokenizer a folder made of Meta's vqgan.ckpt, "
     "whose codes are Liquid's in their own order",
+    # defaults of the owner's evaluation/inference_t2i.py (4609c47); its demo page starts from 0.9 and top-p 0.99
+    sampling={"image_temperature": 0.99, "image_top_p": 0.96, "image_top_k": 4096, "guidance_scale": 7.0},
 )

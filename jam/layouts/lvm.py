@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from jam.layouts.view import ModelFolder, Owner
 from jam.tokens.vocabulary import JamFile, Span, Vocabulary
 
+# defaults of the owner's sampler (ytongbai/LVM), which has no guidance
+SAMPLING = {"image_temperature": 1.0, "image_top_p": 1.0, "guidance_scale": 1.0}
+
 
 @dataclass(frozen=True)
 class Lvm:
@@ -35,7 +38,8 @@ class Lvm:
             f"{self.codes} and {self.codes + 1}, which it never trained, are named begin_image and end_image",
         )
         lacks = "LVM ships its image network apart; to make pictures give image_tokenizer a folder made of it"
-        jam = JamFile(Vocabulary(spans, controls, self.codes_per_image), None, ("bos", "begin_image"))
+        vocabulary = Vocabulary(spans, controls, self.codes_per_image)
+        jam = JamFile(vocabulary, None, ("bos", "begin_image"), sampling=dict(SAMPLING))
         return ModelFolder(owner.checkpoint, jam, self.name, notes=notes, lacks=lacks)
 
 

@@ -20,4 +20,6 @@ SIMPLEAR = Appended(
         "codes_per_image is 4096, the 1024 px of the released models; a 512 px stage has 1024, write jam.json for it",
     ),
     lacks="its pictures are made by NVIDIA's Cosmos tokenizer (DV8x16x16), which jam does not have: it draws codes",
+    # defaults of the owner's generate.py (d56b6e5); its top-k of 64,000 is every code
+    sampling={"image_temperature": 1.0, "image_top_p": 1.0, "guidance_scale": 6.0},
 )

@@ -196,6 +196,7 @@ class ImageTokenizer:
             canvas.paste(top, (0, 0))
         return canvas
 
+    @torch.inference_mode()
     def _pixels(self, codes: np.ndarray) -> list[Pil.Image]:
         if codes.size and not (codes.min() >= 0 and codes.max() < self.codebook_size):
             raise DataError(f"codes in [{codes.min()}, {codes.max()}]; the codebook has {self.codebook_size} entries")

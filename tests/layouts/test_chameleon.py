@@ -192,6 +192,8 @@ def test_lumina_is_read_and_its_images_are_not_drawn(copied: Path):
     edit_json(copied / "config.json", {"mask_image_logits": False})
     model = open_model(copied)
     assert model.layout == "Lumina-mGPT" and model.jam.vocabulary.controls["end_row"] == 24
+    drawing = {"image_temperature": 1.0, "image_top_p": 1.0, "image_top_k": 2000, "guidance_scale": 3.0}
+    assert model.jam.sampling == {"text_temperature": 1.0, "text_top_p": 1.0, "text_top_k": 10} | drawing
     assert model.jam.vocabulary.framed and "cannot draw" in model.notes[0]
 
 

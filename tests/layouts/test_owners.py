@@ -11,7 +11,7 @@ from transformers import Emu3VQVAE
 from jam import layouts
 from jam.checkpoint import WEIGHTS
 from jam.decode.job import prepare
-from jam.decode.options import SamplingOptions
+from jam.decode.options import SamplingOptions, default_options
 from jam.document import Document, TextPart
 from jam.errors import CheckpointError, DataError, GenerationError, MergeError
 from jam.inspect import describe_folder
@@ -97,6 +97,33 @@ def test_the_family_finds_every_tensor_and_the_ids_their_names(owner: Owned):
     assert model.jam.vocabulary.controls == controls
     assert model.jam.unconditional[-1] == "begin_image" and model.jam.image_tokenizer is None
     assert ("layout", f"{name}, as its owner ships it") in describe_folder(folder)
+
+
+SAMPLING = {  # docs/decoding.md
+    "Chameleon": {
+        **{"text_temperature": 0.7, "text_top_p": 0.9, "text_repetition_penalty": 1.2},
+        **{"image_temperature": 0.7, "image_top_p": 0.9, "guidance_scale": 3.0, "image_guidance_scale": 1.2},
+    },
+    "Emu3": {"image_temperature": 1.0, "image_top_p": 1.0, "image_top_k": 2048, "guidance_scale": 3.0},
+    "Liquid": {"image_temperature": 0.99, "image_top_p": 0.96, "image_top_k": 4096, "guidance_scale": 7.0},
+    "SimpleAR": {"image_temperature": 1.0, "image_top_p": 1.0, "guidance_scale": 6.0},
+    "LVM": {"image_temperature": 1.0, "image_top_p": 1.0, "guidance_scale": 1.0},
+}
+
+
+def test_the_owners_own_sampling_is_the_default_and_what_is_said_wins(owner: Owned, llm: Path, fused: Path):
+    name, folder = owner
+    assert open_model(folder).jam.sampling == SAMPLING[name]
+    drawing = {key: value for key, value in SAMPLING[name].items() if not key.startswith("text_")}
+    assert JamFile.read(fused).sampling == drawing  # the language model writes as it did
+    bundle = load_bundle(fused)
+    assert default_options(bundle) == SamplingOptions(**drawing)
+    said = default_options(bundle, image_temperature=0.3, guidance_scale=2.0, text_top_k=7)
+    assert said == SamplingOptions(**drawing | {"image_temperature": 0.3, "guidance_scale": 2.0, "text_top_k": 7})
+    assert default_options(bundle, guidance="cd_k").image_guidance_scale is None  # which takes two streams
+    assert not default_options(bundle, guidance_scale=1.0).guided
+    assert default_options(bundle, image_beams=2).image_temperature == 0
+    assert open_model(llm).jam.sampling == {} and default_options(load_bundle(llm)) == SamplingOptions()
 
 
 @torch.inference_mode()

@@ -101,6 +101,16 @@ def test_the_image_parents_own_sampling_goes_on(tmp_path: Path):
         assert default_options(load_bundle(tmp_path / method)).image_beams == 2
 
 
+def test_who_writes_the_text_says_how(tmp_path: Path):
+    text, image = tiny_pair(tmp_path)
+    replace(JamFile.read(text), sampling={"text_top_k": 3, "image_top_k": 4}).write(text)
+    replace(JamFile.read(image), sampling={"text_temperature": 0.1, "image_top_k": 5}).write(image)
+    wanted = {"cross": {"image_top_k": 5, "text_top_k": 3}, "width": {"text_temperature": 0.1, "image_top_k": 5}}
+    for method, sampling in wanted.items():
+        run_merge(MergeRecipe(method=method, text=text, image=image, out=tmp_path / method))
+        assert JamFile.read(tmp_path / method).sampling == sampling
+
+
 UNEVEN = [[1, 2], [4, 3], [5, 6]]  # in no proportion; text layer 6 stands after the last exchange
 DEPTHS = {"text_num_hidden_layers": 6, "image_num_hidden_layers": 6, "image_hidden_size": 48, "image_merges": 12}
 
