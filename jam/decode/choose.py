@@ -53,9 +53,17 @@ def choose_codes(options: SamplingOptions, scores: Scores, uniforms_N: Tensor, u
         logits = sampling.repetition_penalty(logits, used_NK, options.image_repetition_penalty)
     if options.image_temperature == 0:
         return logits.argmax(dim=-1)  # what the rest would come to
+    return sampling.sample(_shaped(options, logits), uniforms_N)
+
+
+def distribution(options: SamplingOptions, scores: Scores) -> Tensor:
+    """float64 [N, K]: what ``choose_codes`` draws from."""
+    return torch.softmax(_shaped(options, guided(options, scores)).double(), dim=-1)
+
+
+def _shaped(options: SamplingOptions, logits: Tensor) -> Tensor:
     logits = sampling.temperature(logits, options.image_temperature)
-    logits = sampling.top_p(sampling.top_k(logits, options.image_top_k), options.image_top_p)
-    return sampling.sample(logits, uniforms_N)
+    return sampling.top_p(sampling.top_k(logits, options.image_top_k), options.image_top_p)
 
 
 def choose_text(

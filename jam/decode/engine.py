@@ -18,6 +18,7 @@ The loop without a cache, in ``jam.decode.naive``, is the oracle of this one.
 Shapes: N rows, L lanes of the batch, V vocabulary, K codes.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,8 +26,9 @@ import torch
 from torch import Tensor
 
 from jam.decode import sampling
-from jam.decode.choose import Scores, choose_codes, choose_text, guided, wide
+from jam.decode.choose import Scores, choose_codes, choose_text, distribution, guided, wide
 from jam.decode.grammar import Kind, Phase, Row, Step
+from jam.decode.jacobi import Guesses, judge
 from jam.decode.job import Job, Options, prepare
 from jam.decode.options import SamplingOptions
 from jam.decode.slots import Fed, Slots
@@ -103,6 +105,7 @@ class _Loop:
         room, opened = max(row.room for row in job.rows), [row.phase is Phase.IMAGE for row in job.rows]
         self.slots = Slots(bundle, job.prompts, room, job.prefix, job.kept, opened)
         self.uniforms = job.uniforms().to(self.device)
+        self.draws = job.draws(0).to(self.device) if job.options[0].jacobi_window > 1 else None
         self.vocabulary = bundle.vocabulary
         self.masks: dict[tuple[bool, bool, bool], Tensor] = {}
         self.searches: dict[int, Search] = {}
@@ -116,7 +119,7 @@ class _Loop:
             self.slots.prefill()
             while self.lanes:
                 if codes := self._undisturbed():
-                    yield from self._draw(codes)
+                    yield from self._guess(codes) if self._guesses() else self._draw(codes)
                 else:
                     yield from self._step()
         finally:
@@ -147,6 +150,37 @@ class _Loop:
             if read is not None:
                 yield from self._taken(indices, *read)
         yield from self._taken(indices, *waiting)
+
+    def _guesses(self) -> bool:
+        """Whether the only reply guesses its codes ahead; what weighs them wants their scores one by one."""
+        return self.draws is not None and self.weights_N2 is None
+
+    def _guess(self, count: int) -> Iterator[Step]:
+        """So many codes of the only open row, several from one forward (``jam.decode.jacobi``)."""
+        (index,) = self.lanes
+        options, vocabulary, begun = self.job.options[index], self.vocabulary, self.job.rows[index].codes
+        start, columns = vocabulary.image_span.start, math.isqrt(vocabulary.codes_per_image)
+        reply = self.job.replies[index]
+        known = [token - start for token in reply[len(reply) - begun :]]
+        last = begun + count
+        sure = self._codes([index], self._groups([index])).tolist()
+        guesses = Guesses.none(vocabulary.codebook_size, self.device)
+        while True:
+            for code in sure:
+                yield from self.job.take({index: code + start}, self.position)
+                self.position += 1
+            known += sure
+            if len(known) == last:
+                break
+            ahead = min(options.jacobi_window, last - len(known)) - 1
+            guesses = guesses.to(ahead, known, columns)
+            fed = torch.cat([torch.tensor(known[-1:], device=self.device), guesses.codes])
+            now = distribution(options, self.slots.ahead(fed + start))
+            stand, code, after = judge(guesses, now, self.draws[self.position : self.position + ahead + 1])
+            self.slots.keep(1 + stand)
+            sure, guesses = [*guesses.codes[:stand].tolist(), code], after
+        flag = torch.ones(1, dtype=torch.bool, device=self.device)
+        self.slots.feed(torch.tensor([known[-1] + start], device=self.device), Fed(~flag, flag, ~flag))
 
     def _taken(self, indices: list[int], read: Callable[[], list[int]], position: int) -> list[Step]:
         return self.job.take(dict(zip(indices, read(), strict=True)), position)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,6 +89,12 @@ class Job:
         count = max(row.room for row in self.rows)
         draws = zip(self.options, self.streams, strict=True)
         return torch.stack([torch.from_numpy(sampling.uniforms(own.seed, row, count)) for own, row in draws])
+
+    def draws(self, index: int) -> Tensor:
+        """float64 [tokens possible, 3]: a row's numbers for speculative decoding, the first those of ``uniforms``."""
+        seed, room = self.options[index].seed, self.rows[index].room
+        words = [sampling.uniforms(seed, self.streams[index], room, word) for word in range(3)]
+        return torch.from_numpy(np.stack(words, axis=-1))
 
     def used_codes(self, indices: Sequence[int], device: torch.device) -> Tensor | None:
         """bool [N, K]: the codes that each row's image at hand has; None where no row minds."""
@@ -184,6 +191,7 @@ def prepare_ids(
                 f"{rules.needed_tokens} ({rules.image_tokens} an image and 1 to end); raise max_tokens"
             )
         rows.append(Row(rules, min(left, own.max_tokens)))
+    _check_guessing(bundle, options)
     numbers = list(range(len(rows)) if streams is None else streams)
     job = Job(list(options), list(prompts), rows, numbers, tokenizer=bundle.text)
     guided_rows = [index for index, row in enumerate(rows) if options[index].guided and row.rules.may_draw]
@@ -205,6 +213,19 @@ def prepare_ids(
                     f"{len(job.kept[index]) + drawn}; set max_images lower, or leave image_guidance_scale out"
                 )
     return job
+
+
+def _check_guessing(bundle: Bundle, options: Sequence[SamplingOptions]) -> None:
+    window = max((own.jacobi_window for own in options), default=1)
+    if window > 1 and len(options) > 1:
+        raise GenerationError(
+            f"jacobi_window is {window} and there are {len(options)} replies; required: one reply, whose codes are "
+            "guessed ahead; set jacobi_window to 1"
+        )
+    if window > 1 and bundle.backend is not None:
+        raise GenerationError(
+            f"jacobi_window is {window} and the model is compiled for one token at a time; use one of the two"
+        )
 
 
 def _hole_of(tokens: Sequence[int], vocabulary: Vocabulary) -> Hole | None:

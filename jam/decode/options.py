@@ -35,6 +35,9 @@ class SamplingOptions:
     two scales pull towards either (``jam.decode.sampling.cfg3``). "cd_k" is contrastive decoding with the ``cd_k``-th
     probability as its measure, ``cd_alpha`` times which a code must reach.
 
+    ``jacobi_window`` above 1 guesses so many codes of an image ahead and scores them in one forward
+    (``jam.decode.jacobi``); their distribution stays, the codes that a seed draws do not. One reply at a time.
+
     Repetition penalties count the text of the prompt and the reply, and the codes of the image at hand; 1 is off.
 
     Raises:
@@ -61,6 +64,7 @@ class SamplingOptions:
     image_guidance_scale: float | None = None
     cd_alpha: float = 0.6
     cd_k: int = 2
+    jacobi_window: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, list):  # as JSON has it
@@ -102,6 +106,14 @@ class SamplingOptions:
             self.image_repetition_penalty,
             self.image_beams == 1 or self.image_repetition_penalty == 1,
             f"1 with image_beams {self.image_beams}, whose images are compared by likelihood alone",
+        )
+        _check("jacobi_window", self.jacobi_window, 1 <= self.jacobi_window <= 1024, "from 1 (no guesses) to 1024")
+        searched = self.image_beams > 1 or self.image_repetition_penalty != 1
+        _check(
+            "jacobi_window",
+            self.jacobi_window,
+            self.jacobi_window == 1 or not searched,
+            "1 with image_beams, and with an image_repetition_penalty, which want each code before the next",
         )
         _check(
             "image_guidance_scale",

@@ -210,15 +210,16 @@ def uniform(seed: int, row: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=key, counter=counter)).random())
 
 
-def uniforms(seed: int, row: int, count: int) -> np.ndarray:
-    """``uniform`` at positions 0 to ``count`` - 1: float64 [count]. Of a block's four words the first is used.
+def uniforms(seed: int, row: int, count: int, word: int = 0) -> np.ndarray:
+    """``uniform`` at positions 0 to ``count`` - 1: float64 [count]. Of a block's four words the first is used; the
+    others are numbers of the same positions for other ends.
 
     >>> bool(uniforms(3, 1, 4)[2] == uniform(3, 1, 2))
     True
     """
     _require(0 <= seed <= MAX_SEED, "seed", seed, f"from 0 to {MAX_SEED}", "choose another")
     key = np.array([seed, row], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key)).random(4 * count)[::4].copy()
+    return np.random.Generator(np.random.Philox(key=key)).random(4 * count)[word::4].copy()
 
 
 def sample(logits: Tensor, uniforms: Tensor) -> Tensor:

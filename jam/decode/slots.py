@@ -154,6 +154,25 @@ class Slots:
         self.states = self._forward(torch.cat(ids)[:, None], mask_BS[:, None], positions_B[:, None])
 
     @torch.inference_mode()
+    def ahead(self, tokens_T: Tensor) -> Scores:
+        """Raw scores after each of some codes of the only lane, [T, K] a stream; ``keep`` says how many stay."""
+        count, batch = len(tokens_T), len(self.seen_BS)
+        causal_TT = torch.ones(count, count, dtype=torch.bool, device=self.device).tril()
+        seen_BTS = self.seen_BS[:, None, : self.filled].expand(-1, count, -1)
+        mask_BTS = torch.cat([seen_BTS, causal_TT.expand(batch, -1, -1)], dim=-1)
+        positions_BT = self.next_B[:, None] + torch.arange(count, device=self.device)
+        self.cache.at(self.filled, self.filled + count)
+        states = self.readout.states(tokens_T.expand(batch, -1), mask_BTS[:, None], positions_BT, self.cache)
+        return Scores(*(self.readout.codes(tuple(part[row] for part in states)) for row in range(batch)))
+
+    @torch.inference_mode()
+    def keep(self, count: int) -> None:
+        """The first ``count`` of the codes that ``ahead`` was given are fed; the others were not."""
+        self.seen_BS[:, self.filled : self.filled + count] = True
+        self.next_B += count
+        self.filled += count
+
+    @torch.inference_mode()
     def code_scores(self, lanes: Sequence[int]) -> Scores:
         """Raw scores of the codes in some lanes, stream by stream, as far as they run."""
         lanes = self._places(lanes)

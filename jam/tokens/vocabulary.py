@@ -37,7 +37,7 @@ SAMPLING_NAMES = (  # the fields of jam.decode.options.SamplingOptions, which lo
     *("mode", "max_tokens", "max_images", "min_images", "stop", "seed"),
     *("text_temperature", "text_top_p", "text_top_k", "text_repetition_penalty"),
     *("image_temperature", "image_top_p", "image_top_k", "image_repetition_penalty", "image_beams"),
-    *("guidance", "guidance_scale", "image_guidance_scale", "cd_alpha", "cd_k"),
+    *("guidance", "guidance_scale", "image_guidance_scale", "cd_alpha", "cd_k", "jacobi_window"),
 )
 
 
