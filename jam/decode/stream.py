@@ -229,8 +229,8 @@ def events(
 ) -> Iterator[Event]:
     """The events of ``jam.decode.engine.generate``, with its arguments and errors; ``preview_rows`` as ``ReplyStream``
     takes it."""
+    steps = generate(bundle, prompts, options, streams)  # first: it says what is wrong with a prompt
     stream = ReplyStream(bundle, prompts, options, preview_rows)
-    steps = generate(bundle, prompts, options, streams)
     return (event for step in steps for event in stream.push(step))
 
 
@@ -241,7 +241,8 @@ def replies(
     streams: Sequence[int] | None = None,
 ) -> list[Reply]:
     """Whole replies, in the order of the prompts; arguments and errors of ``jam.decode.engine.generate``."""
+    steps = generate(bundle, prompts, options, streams)
     stream = ReplyStream(bundle, prompts, options)
-    for step in generate(bundle, prompts, options, streams):
+    for step in steps:
         stream.push(step)
     return [stream.reply(index) for index in range(len(prompts))]
