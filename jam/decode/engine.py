@@ -167,11 +167,12 @@ class _Loop:
     def _guess(self, count: int) -> Iterator[Step]:
         """So many codes of the only open row, several from one forward (``jam.decode.jacobi``)."""
         (index,) = self.lanes
-        options, vocabulary, begun = self.job.options[index], self.vocabulary, self.job.rows[index].codes
-        start, columns = vocabulary.image_span.start, math.isqrt(vocabulary.codes_per_image)
+        options, vocabulary, row = self.job.options[index], self.vocabulary, self.job.rows[index]
+        start, stop, frame = vocabulary.image_span.start, vocabulary.image_span.stop, row.rules.image
+        columns = math.isqrt(frame.codes) if frame.grid is None else frame.columns
         reply = self.job.replies[index]
-        known = [token - start for token in reply[len(reply) - begun :]]
-        last = begun + count
+        known = [token - start for token in reply[len(reply) - row.place :] if start <= token < stop]
+        last = row.codes + count
         sure = self._codes([index], self._groups([index])).tolist()
         guesses = Guesses.none(vocabulary.codebook_size, self.device)
         while True:

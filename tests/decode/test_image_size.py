@@ -125,6 +125,16 @@ def test_transformers_pipeline_makes_them_pixels(bundle: Bundle) -> None:
     assert found["generated_image"].size == (6, 10)
 
 
+def test_codes_guessed_ahead_are_the_same_row_by_row(bundle: Bundle) -> None:
+    """Greedy codes do not depend on guesses; a row's end is never one, nor its place in an image."""
+    for changes in ({}, {"guidance_scale": 3.0}):
+        greedy = replace(IMAGE, max_images=2, min_images=2, max_tokens=60, image_temperature=0.0, **changes)
+        (one,), (several,) = (replies(bundle, [PROMPT], replace(greedy, jacobi_window=window)) for window in (1, 4))
+        assert one.document == several.document and len(one.images) == 2
+    (drawn,) = replies(bundle, [PROMPT], replace(IMAGE, jacobi_window=4, seed=5))
+    assert drawn.images[0].size == (6, 10)
+
+
 def test_holes_take_text_and_no_image(bundle: Bundle) -> None:
     """A missing image's size stands in no prompt; missing text beside an image of any size is filled."""
     seen = CodesPart(tuple(range(15)), grid=(5, 3))
