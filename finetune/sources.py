@@ -263,7 +263,7 @@ def _file_source(recipe: SourceRecipe, bundle: Bundle, name: str, progress: Prog
         codes = iter(
             encode_cached(_image_tokenizer(bundle, name), keys, images.__getitem__, progress) if images else ()
         )
-        ready = [d.with_codes(lambda some: [tuple(next(codes).tolist()) for _ in some]) for d in documents]
+        ready = [d.with_codes(lambda some: [CodesPart(tuple(next(codes).tolist())) for _ in some]) for d in documents]
         return len(ready), lambda index, draw: ready[index]
     raise DataError(f"data.mix.{name}: kind {recipe.kind!r} exists only in the shipped data; set path to 'mini'")
 

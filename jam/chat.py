@@ -21,8 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from jam.decode.engine import generate
-from jam.decode.grammar import Rules
-from jam.decode.job import context_length, encode_images
+from jam.decode.job import context_length, encode_images, rules_of
 from jam.decode.options import SamplingOptions, default_options
 from jam.decode.stream import Event, ImageDone, ImageProgress, ImageStart, ReplyStream, Stop, TextDelta
 from jam.document import CodesPart, Document, Part, TextPart, user_turn
@@ -110,7 +109,7 @@ class Chat:
         """Drops the oldest turns until the token budget, or half the context if that is less, is left to reply."""
         context = context_length(self.bundle)
         options = self.options
-        least = Rules(self.bundle.vocabulary, options.mode, options.min_images, options.max_images).needed_tokens
+        least = rules_of(self.bundle, options).needed_tokens
         wanted = max(min(options.max_tokens, context // 2), least)
         dropped = 0
         while self.turns and self._tokens(said) + wanted > context:
@@ -191,7 +190,8 @@ class Chat:
 
 
 def messages(turns: list[Turn]) -> list[dict]:
-    """Turns as messages: ``jam.document.from_messages`` reads them, and every image also has its ``codes``."""
+    """Turns as messages: ``jam.document.from_messages`` reads them, and every image also has its ``codes``,
+    and its ``grid`` (rows and columns) where images have sizes."""
     found: list[dict] = []
     for turn in turns:
         paths = iter(turn.paths)
@@ -201,7 +201,8 @@ def messages(turns: list[Turn]) -> list[dict]:
                 if isinstance(part, TextPart):
                     content.append({"type": "text", "text": part.text})
                 elif isinstance(part, CodesPart):
-                    content.append({"type": "image", "path": next(paths), "codes": list(part.codes)})
+                    size = {} if part.grid is None else {"grid": list(part.grid)}
+                    content.append({"type": "image", "path": next(paths), "codes": list(part.codes)} | size)
             found.append({"role": role, "content": content})
     return found
 

@@ -113,6 +113,9 @@ ImageTopP = Annotated[
 ImageBeams = Annotated[
     int | None, typer.Option(min=1, help="Beams that search for the likeliest image; 1 takes one code after another.")
 ]
+ImageSize = Annotated[
+    str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels of an image, where the model can; default: its own.")
+]
 GuidanceScale = Annotated[float | None, typer.Option(min=0.0, help="Guidance of images by the prompt; 1 is off.")]
 ImageGuidanceScale = Annotated[
     float | None, typer.Option(min=0.0, help="Guidance by the prompt's images apart from its text; default: not apart.")
@@ -235,6 +238,7 @@ def chat(
     image_temperature: ImageTemperature = None,
     image_top_p: ImageTopP = None,
     image_beams: ImageBeams = None,
+    image_size: ImageSize = None,
     image_top_k: ImageTopK = None,
     repetition_penalty: TextPenalty = None,
     guidance: GuidanceWay = None,
@@ -265,6 +269,7 @@ def chat(
         image_temperature=image_temperature,
         image_top_p=image_top_p,
         image_beams=image_beams,
+        image_size=image_size,
         image_top_k=image_top_k,
         text_repetition_penalty=repetition_penalty,
         guidance=None if guidance is None else guidance.value,
@@ -312,6 +317,7 @@ def generate(
     image_temperature: ImageTemperature = None,
     image_top_p: ImageTopP = None,
     image_beams: ImageBeams = None,
+    image_size: ImageSize = None,
     image_top_k: ImageTopK = None,
     repetition_penalty: TextPenalty = None,
     guidance: GuidanceWay = None,
@@ -344,6 +350,7 @@ def generate(
         image_temperature=image_temperature,
         image_top_p=image_top_p,
         image_beams=image_beams,
+        image_size=image_size,
         image_top_k=image_top_k,
         text_repetition_penalty=repetition_penalty,
         guidance=None if guidance is None else guidance.value,

@@ -6,7 +6,7 @@ hole that the model fills; it carries the role that spoke it and the weight of i
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from PIL.Image import Image
@@ -36,11 +36,15 @@ class ImagePart:
 
 @dataclass(frozen=True)
 class CodesPart:
-    """A whole image as VQ codes in raster order, each in [0, codebook size)."""
+    """A whole image as VQ codes in raster order, each in [0, codebook size).
+
+    ``grid`` is its rows and columns where a vocabulary writes them down; None is the vocabulary's own square.
+    """
 
     codes: tuple[int, ...]
     role: Role = "document"
     loss: float = 1.0
+    grid: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,14 @@ Part = TextPart | ImagePart | CodesPart | MaskPart
 class Document:
     parts: tuple[Part, ...]
 
-    def with_codes(self, encode: Callable[[list[Image]], list[tuple[int, ...]]]) -> "Document":
-        """The same document with every :class:`ImagePart` turned into codes by one call of ``encode``."""
+    def with_codes(self, encode: Callable[[list[Image]], list[CodesPart]]) -> "Document":
+        """The same document with every :class:`ImagePart` turned into codes by one call of ``encode``, which knows
+        neither role nor loss."""
         images = [part.image for part in self.parts if isinstance(part, ImagePart)]
         codes = iter(encode(images) if images else ())
         parts = (
-            CodesPart(next(codes), part.role, part.loss) if isinstance(part, ImagePart) else part for part in self.parts
+            replace(next(codes), role=part.role, loss=part.loss) if isinstance(part, ImagePart) else part
+            for part in self.parts
         )
         return Document(tuple(parts))
 

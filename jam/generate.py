@@ -17,7 +17,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from jam.decode.candidates import Rank, draw_candidates
-from jam.decode.job import encode_images
+from jam.decode.job import encode_images, rules_of
 from jam.decode.options import SamplingOptions, default_options
 from jam.decode.stream import Reply, filled, replies
 from jam.document import Document, Hole, ImagePart, MaskPart, Part, Role, TextPart, user_turn
@@ -160,9 +160,10 @@ def with_hole(parts: Sequence[Part], hole: Hole) -> tuple[Part, ...]:
 
 
 def check_drawable(bundle: Bundle, options: SamplingOptions) -> None:
-    """Raises GenerationError if a reply could hold an image that nothing here can turn into pixels."""
+    """Raises GenerationError if a reply could hold an image that nothing here can turn into pixels, or at a size that
+    the model does not make."""
     vocabulary = bundle.vocabulary
-    if not vocabulary.codes_per_image or vocabulary.framed or options.mode == "text" or not options.max_images:
+    if not vocabulary.codes_per_image or options.mode == "text" or not options.max_images:
         return
     if bundle.image is None:
         raise GenerationError(
@@ -174,6 +175,7 @@ def check_drawable(bundle: Bundle, options: SamplingOptions) -> None:
             f"{bundle.path}: the image tokenizer has an encoder only and cannot make the model's images; use one with "
             "its decoder (`jam convert vqgan.ckpt --out FOLDER`), or mode text"
         )
+    rules_of(bundle, options)  # a size of images that it does not make
 
 
 def write_replies(out: Path, replies: Sequence[tuple[Reply, dict]]) -> None:

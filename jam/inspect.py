@@ -127,9 +127,12 @@ def _vocabulary(model: ModelFolder) -> Facts:
     jam = model.jam
     shown = [f"{span.kind} [{span.start}, {span.stop})" for span in jam.vocabulary.spans]
     spans = ", ".join(shown if len(shown) <= 8 else [*shown[:6], f"... {len(shown)} spans in all"])
-    controls = ", ".join(f"{name} {index}" for name, index in jam.vocabulary.controls.items())
+    sizes = jam.vocabulary.sizes
+    named = [f"{name} {index}" for name, index in jam.vocabulary.controls.items() if index not in sizes.values()]
+    controls = ", ".join([*named, *([f"size_{min(sizes)} to size_{max(sizes)} ({len(sizes)})"] if sizes else [])])
     facts: Facts = [("vocabulary", spans), ("controls", controls), ("turns", _turns(jam.vocabulary))]
     codes = f"{jam.vocabulary.codes_per_image} codes of {jam.vocabulary.codebook_size}"
+    codes += " in a square, or any size" if jam.vocabulary.framed else ""
     if jam.image_tokenizer is not None:
         network = open_checkpoint(model.checkpoint.path / jam.image_tokenizer)
         size = f"{network.config.get('resolution')} px, VQ of {network.parameters:,} parameters"

@@ -4,6 +4,8 @@ Lineage is read off a few blocks of weights: two models of one ancestor have nea
 trained apart have none. Everything else is read off the configurations.
 """
 
+import math
+
 import numpy as np
 
 from jam.checkpoint import row_blocks
@@ -32,15 +34,16 @@ def doubts(pair: Pair, method: str) -> list[str]:
                 ours, theirs = (trait(side.config, key, f"{side.path}/config.json") for side in pair.sides)
                 if ours != theirs:
                     found.append(f"{key} is {ours!r} and {theirs!r}: each tower keeps its own")
-    context, theirs, codes = text.sizes.positions, image.sizes.positions, image.vocabulary.codes_per_image
+    context, theirs = text.sizes.positions, image.sizes.positions
+    framed, codes = image.vocabulary.framed, image.vocabulary.codes_per_image
+    least = codes + FRAME + (math.isqrt(codes) if framed else 0)
     if method == "cross" and context != theirs:
         found.append(f"positions are {context} and {theirs}: the result's context is {min(context, theirs)}")
-    if min(context, theirs) < codes + FRAME:
-        whose = "image parent has" if theirs < codes + FRAME else "result has"
-        found.append(
-            f"an image takes {codes + FRAME} positions with its two controls, and the {whose} "
-            f"{min(context, theirs)}: no whole image fits"
-        )
+    if min(context, theirs) < least:
+        whose = "image parent has" if theirs < least else "result has"
+        fits = "no square of that size fits, smaller images do" if framed else "no whole image fits"
+        around = "its two controls and row ends" if framed else "its two controls"
+        found.append(f"an image takes {least} positions with {around}, and the {whose} {min(context, theirs)}: {fits}")
     if text.checkpoint.dtypes != image.checkpoint.dtypes:
         ours, theirs = (", ".join(side.checkpoint.dtypes) for side in pair.sides)
         found.append(f"stored as {ours} and {theirs}: the coarser one's rounding stays in the result")

@@ -14,7 +14,7 @@ import numpy as np
 from jam.checkpoint import INDEX, WEIGHTS, Checkpoint, open_checkpoint
 from jam.errors import CheckpointError, MergeError
 from jam.floats import from_float32
-from jam.layouts import ModelFolder
+from jam.layouts import ModelFolder, emu3
 from jam.shards import copy_tensors
 from jam.tokens.vocabulary import Vocabulary
 from jam.tokens.vq_config import CODEBOOK, VQConfig
@@ -140,7 +140,13 @@ def _mismatch(network: ImageNetwork, vocabulary: Vocabulary) -> str | None:
             f"{[vocabulary.codebook_size, *width]}; they must agree"
         )
     if not vqgan:
-        return None
+        codes = emu3.square_codes(config)
+        if codes is None or codes == vocabulary.codes_per_image:
+            return None
+        return (
+            f"{codes} codes an image, {config.get('resolution', 512)} px squares, the image parent has "
+            f"{vocabulary.codes_per_image}; set resolution in its config.json"
+        )
     for key in ("resolution", "patch"):
         if type(sizes[key]) is not int or sizes[key] < 1:
             return f"config.json has {key} {sizes[key]!r}; a positive whole number is required"

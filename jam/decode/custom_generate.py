@@ -24,6 +24,7 @@ from jam.errors import GenerationError
 from jam.models.heads import next_heads
 from jam.models.load import Bundle
 from jam.tokens.render import IMAGE_HEAD
+from jam.tokens.vocabulary import Vocabulary
 
 
 def custom_generate(
@@ -54,7 +55,7 @@ def custom_generate(
         prompts = [ids[seen.bool()].tolist() for ids, seen in zip(input_ids.cpu(), real.cpu(), strict=True)]
         for index, ids in enumerate(prompts):
             fills = bool(ids) and ids[-1] == own.vocabulary.controls.get("infill")
-            if not ids or (not fills and next_heads(torch.tensor([ids]), own.vocabulary)[0, -1] == IMAGE_HEAD):
+            if not ids or (not fills and _within_image(ids, own.vocabulary)):
                 state = "ends inside an image" if ids else "is empty"
                 raise GenerationError(
                     f"prompt {index} {state}; required: ids that end outside one, as jam.tokens.render writes them; "
@@ -79,3 +80,11 @@ def custom_generate(
         return torch.cat([input_ids, torch.tensor(replies, device=input_ids.device)], dim=1)
 
     return generate
+
+
+def _within_image(ids: list[int], vocabulary: Vocabulary) -> bool:
+    """Whether an image is open at the end; one with a size in text may be, and the text head speaks."""
+    if not vocabulary.framed:
+        return bool(next_heads(torch.tensor([ids]), vocabulary)[0, -1] == IMAGE_HEAD)
+    ends = [index for index in ids if index in (vocabulary.controls["begin_image"], vocabulary.controls["end_image"])]
+    return ends[-1:] == [vocabulary.controls["begin_image"]]

@@ -50,11 +50,16 @@ class Search:
     def begin(cls, job: Job, index: int, position: int) -> "Search":
         return cls(job, index, position, torch.zeros(1), torch.zeros(1, 0, dtype=torch.int64))
 
-    def extend(self, scores: Scores) -> list[int]:
-        """Goes on by one code, the last one by the likeliest image alone; the beam that each new one continues."""
+    def extend(self, score: Callable[[], Scores]) -> list[int]:
+        """Goes on by one code, the last one by the likeliest image alone, or by what the frame forces; the beam that
+        each new one continues."""
         row, options = self.job.rows[self.index], self.job.options[self.index]
-        vocabulary = row.rules.vocabulary
-        last = row.codes + 1 == vocabulary.codes_per_image
+        vocabulary, forced = row.rules.vocabulary, row.forced
+        if forced is not None:
+            row.advance(forced)
+            self.ids = torch.nn.functional.pad(self.ids, (0, 1), value=forced)
+            return list(range(len(self.ids)))
+        last, scores = row.codes + 1 == row.rules.image.codes, score()
         logits = sampling.top_k(guided(options, scores), options.image_top_k).cpu()
         so_far = self.scores.to(logits.dtype)
         self.scores, beams, codes = sampling.extend_beams(so_far, logits, 1 if last else options.image_beams)
@@ -63,11 +68,15 @@ class Search:
         return beams.tolist()
 
     def steps(self) -> list[Step]:
-        """The codes of the image, once the row has left it; else none."""
-        if self.job.rows[self.index].phase is Phase.IMAGE:
+        """The codes of the image and what stands among them, once its last one is there; else none."""
+        row = self.job.rows[self.index]
+        if row.drawing:
             return []
-        ids = enumerate(self.ids[0].tolist(), self.position)
-        return [Step(self.index, position, token, Kind.CODE, None) for position, token in ids]
+        span = row.rules.vocabulary.image_span
+        return [
+            Step(self.index, position, token, Kind.CODE if span.start <= token < span.stop else Kind.FRAME, None)
+            for position, token in enumerate(self.ids[0].tolist(), self.position)
+        ]
 
 
 def generate(
@@ -134,7 +143,7 @@ class _Loop:
             return 0
         if any(self.job.options[index].image_repetition_penalty != 1 for index in self.lanes):
             return 0  # it wants to know the codes
-        return min(row.rules.vocabulary.codes_per_image - row.codes for row in rows)
+        return min(row.run for row in rows)
 
     def _draw(self, count: int) -> Iterator[Step]:
         """So many codes of every open row, fed before they are read."""
@@ -158,11 +167,12 @@ class _Loop:
     def _guess(self, count: int) -> Iterator[Step]:
         """So many codes of the only open row, several from one forward (``jam.decode.jacobi``)."""
         (index,) = self.lanes
-        options, vocabulary, begun = self.job.options[index], self.vocabulary, self.job.rows[index].codes
-        start, columns = vocabulary.image_span.start, math.isqrt(vocabulary.codes_per_image)
+        options, vocabulary, row = self.job.options[index], self.vocabulary, self.job.rows[index]
+        start, stop, frame = vocabulary.image_span.start, vocabulary.image_span.stop, row.rules.image
+        columns = math.isqrt(frame.codes) if frame.grid is None else frame.columns
         reply = self.job.replies[index]
-        known = [token - start for token in reply[len(reply) - begun :]]
-        last = begun + count
+        known = [token - start for token in reply[len(reply) - row.place :] if start <= token < stop]
+        last = row.codes + count
         sure = self._codes([index], self._groups([index])).tolist()
         guesses = Guesses.none(vocabulary.codebook_size, self.device)
         while True:
@@ -206,15 +216,15 @@ class _Loop:
             return
         self.slots.select([lane for lane, _, _ in fed])
         kinds = {
-            name: torch.tensor([kind is wanted for _, _, kind in fed], device=self.device)
-            for name, wanted in (("opens", Kind.BEGIN), ("code", Kind.CODE), ("closes", Kind.END))
+            name: torch.tensor([kind in wanted for _, _, kind in fed], device=self.device)
+            for name, wanted in (("opens", {Kind.BEGIN}), ("code", {Kind.CODE, Kind.FRAME}), ("closes", {Kind.END}))
         }
         self.slots.feed(torch.tensor([token for _, token, _ in fed], device=self.device), Fed(**kinds))
 
     def _search(self, index: int) -> tuple[list[tuple[int, int, Kind]], list[Step]]:
         search = self.searches.setdefault(index, Search.begin(self.job, index, self.position))
         own = self.lanes[index]
-        beams = search.extend(self.slots.code_scores(own))
+        beams = search.extend(lambda: self.slots.code_scores(own))
         tokens = search.ids[:, -1].tolist()
         if steps := search.steps():
             del self.searches[index]
@@ -223,8 +233,7 @@ class _Loop:
     def _choose(self, indices: Sequence[int]) -> dict[int, int]:
         """The next token of rows with one lane each."""
         phases = {index: self.job.rows[index].phase for index in indices}
-        closing = [index for index, phase in phases.items() if phase is Phase.CLOSE]
-        chosen = {index: self.job.rows[index].rules.closing_id for index in closing}
+        chosen = {index: self.job.rows[index].forced for index, phase in phases.items() if phase is Phase.FRAME}
         if drawing := [index for index, phase in phases.items() if phase is Phase.IMAGE]:
             tokens = self._codes(drawing, self._groups(drawing)) + self.vocabulary.image_span.start
             chosen |= dict(zip(drawing, tokens.tolist(), strict=True))

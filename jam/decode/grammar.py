@@ -3,14 +3,14 @@
 A row of the batch is a small machine:
 
     text:  text ids | <break> (if an image still fits) | </s> (if enough images were made)
-    image: codes, exactly N, then the closing control, which is forced
+    image: codes, exactly N, and what its frame forces: the closing control, in some models its size and row ends
     done:  after </s>, or when no room is left (``stop`` says which)
 
 A reply that fills a hole is text up to ``</s>``, or the codes of one image, which is open from the start, and then
 ``</s>``, which is forced.
 
-Room is what the context and the token budget leave. An image is opened only if its begin, its N codes, its end and one
-more token fit, and images that are still owed (``min_images``) keep their room from the text before them; therefore
+Room is what the context and the token budget leave. An image is opened only if its begin, its whole frame and one more
+token fit, and images that are still owed (``min_images``) keep their room from the text before them; therefore
 every state has a legal id and no image is ever cut short. Role, pad, mask, infill and bos ids are never legal in a
 reply.
 
@@ -18,7 +18,7 @@ Nothing here knows logits; the head of a state is that of ``jam.models.heads``.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from typing import Literal
@@ -28,7 +28,8 @@ from torch import Tensor
 
 from jam.document import Hole
 from jam.errors import GenerationError
-from jam.tokens.render import FRAMED, IMAGE_HEAD, TEXT_HEAD
+from jam.tokens.frame import Frame, frame_of
+from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD
 from jam.tokens.vocabulary import TEXT, Vocabulary
 
 Mode = Literal["interleaved", "text", "image", "free"]
@@ -38,8 +39,8 @@ StopReason = Literal["eos", "length", "stop"]
 
 class Phase(Enum):
     TEXT = "text"
-    IMAGE = "image"
-    CLOSE = "close"
+    IMAGE = "image"  # a code comes next
+    FRAME = "frame"  # inside an image, what comes next is forced
     DONE = "done"
 
 
@@ -49,6 +50,7 @@ class Kind(Enum):
     TEXT = "text"
     BEGIN = "begin"
     CODE = "code"
+    FRAME = "frame"  # forced, and the image goes on
     END = "end"
     EOS = "eos"
 
@@ -70,7 +72,8 @@ class Rules:
 
     ``interleaved`` allows text and images, ``text`` text alone, ``image`` images alone (at least one); ``free`` leaves
     the number of images to the model and to the room, whatever ``max_images`` says. ``hole``: what the reply fills, of
-    the same name as the mode.
+    the same name as the mode. ``frame`` is that of every image; None takes the vocabulary's own, or no images at all
+    where their size has to be written.
 
     Raises:
         GenerationError: an unknown mode, bounds that contradict each other, or images asked of a model without them.
@@ -81,6 +84,7 @@ class Rules:
     min_images: int = 0
     max_images: int = 4
     hole: Hole | None = None
+    frame: Frame | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -104,8 +108,6 @@ class Rules:
             raise GenerationError("mode is image and max_images 0; required: at least 1; raise max_images")
         if self.hole == "image" and self.min_images > 1:
             raise GenerationError(f"min_images is {self.min_images} and a hole takes one image; leave min_images out")
-        if self.needed_images and self.vocabulary.framed:
-            raise GenerationError(f"an image is asked for; {FRAMED}")
         if self.needed_images and not self.can_draw:
             raise GenerationError(
                 f"an image is asked for (mode {self.mode}, min_images {self.min_images}) and this model's vocabulary "
@@ -117,8 +119,8 @@ class Rules:
     @property
     def can_draw(self) -> bool:
         names = {"begin_image", "end_image"} & set(self.vocabulary.controls)
-        images = self.vocabulary.image_span is not None and not self.vocabulary.framed
-        return bool(images and self.vocabulary.codes_per_image and len(names) == 2)
+        known = self.frame is not None or not self.vocabulary.framed
+        return bool(known and self.vocabulary.image_span and self.vocabulary.codes_per_image and len(names) == 2)
 
     @property
     def may_draw(self) -> bool:
@@ -136,10 +138,22 @@ class Rules:
     def needed_images(self) -> int:
         return max(1, self.min_images) if self.mode == "image" else self.min_images
 
+    @cached_property
+    def image(self) -> Frame:
+        """The frame of an image; only where the model ``can_draw``. In a hole it is the codes, and the end of the
+        reply."""
+        whole = frame_of(self.vocabulary) if self.frame is None else self.frame
+        if self.hole != "image":
+            return whole
+        return replace(whole, opening=(), closing=(self.vocabulary.controls["eos"],), spoken=0)
+
     @property
     def image_tokens(self) -> int:
-        """Tokens of one image: begin, codes, end; of one in a hole the codes, since the prompt has the controls."""
-        return self.vocabulary.codes_per_image + (0 if self.hole == "image" else 2)
+        """Tokens of one image: begin, codes, end, and what else its frame holds; of one in a hole the codes, since the
+        prompt has the controls; 0 where there are none."""
+        if not self.can_draw:
+            return 0
+        return len(self.image) + (-1 if self.hole == "image" else 1)
 
     @property
     def needed_tokens(self) -> int:
@@ -159,17 +173,16 @@ class Rules:
             mask[span.start : span.stop] = True
         return mask
 
-    @property
-    def closing_id(self) -> int:
-        """The control that follows the last code."""
-        return self.vocabulary.controls["eos" if self.hole == "image" else "end_image"]
-
     @cached_property
-    def closing(self) -> Tensor:
-        """bool [V]: the control that follows the last code."""
-        mask = torch.zeros(self.vocabulary.size, dtype=torch.bool)
-        mask[self.closing_id] = True
-        return mask
+    def _alone(self) -> dict[int, Tensor]:
+        return {}
+
+    def only(self, token: int) -> Tensor:
+        """bool [V]: one id."""
+        if token not in self._alone:
+            self._alone[token] = torch.zeros(self.vocabulary.size, dtype=torch.bool)
+            self._alone[token][token] = True
+        return self._alone[token]
 
     @cached_property
     def _masks(self) -> dict[tuple[bool, bool, bool], Tensor]:
@@ -190,12 +203,14 @@ class Rules:
 
 @dataclass
 class Row:
-    """The state of one reply. ``room`` counts the tokens it may still have."""
+    """The state of one reply. ``room`` counts the tokens it may still have; ``codes`` and ``place`` what the image at
+    hand has, of codes and of tokens after its opening control."""
 
     rules: Rules
     room: int
     images: int = 0
     codes: int = 0
+    place: int = 0
     phase: Phase = Phase.TEXT
     stop: StopReason | None = None
 
@@ -208,7 +223,23 @@ class Row:
     @property
     def head(self) -> int:
         """The head that predicts the next token."""
-        return IMAGE_HEAD if self.phase in (Phase.IMAGE, Phase.CLOSE) else TEXT_HEAD
+        inside = self.phase in (Phase.IMAGE, Phase.FRAME)
+        return IMAGE_HEAD if inside and self.place >= self.rules.image.spoken else TEXT_HEAD
+
+    @property
+    def forced(self) -> int | None:
+        """The id that must come next, where an image's frame says one."""
+        return self.rules.image.forced(self.place) if self.phase is Phase.FRAME else None
+
+    @property
+    def run(self) -> int:
+        """Codes that come next before anything else does."""
+        return self.rules.image.run(self.place) if self.phase is Phase.IMAGE else 0
+
+    @property
+    def drawing(self) -> bool:
+        """Whether codes of an image are still to come, and its size stands."""
+        return self.phase is Phase.IMAGE or (self.phase is Phase.FRAME and 0 < self.codes < self.rules.image.codes)
 
     @property
     def owed(self) -> int:
@@ -228,8 +259,8 @@ class Row:
         match self.phase:
             case Phase.IMAGE:
                 return self.rules.codes
-            case Phase.CLOSE:
-                return self.rules.closing
+            case Phase.FRAME:
+                return self.rules.only(self.forced)
             case Phase.TEXT:
                 return self.rules.between(*self.allowed())
         raise AssertionError("a finished reply has no next token")
@@ -245,22 +276,26 @@ class Row:
         controls = self.rules.vocabulary.controls
         self.room -= 1
         match self.phase:
-            case Phase.IMAGE:
-                self.codes += 1
-                if self.codes == self.rules.vocabulary.codes_per_image:
-                    self.phase = Phase.CLOSE
-                kind = Kind.CODE
             case _ if token == controls["eos"]:
                 self.phase, self.stop = Phase.DONE, "eos"
                 return Kind.EOS
-            case Phase.CLOSE:
-                self.images, self.codes, self.phase = self.images + 1, 0, Phase.TEXT
+            case Phase.FRAME if self.place == self.rules.image.last:
+                self.images, self.codes, self.place, self.phase = self.images + 1, 0, 0, Phase.TEXT
                 kind = Kind.END
+            case Phase.IMAGE | Phase.FRAME:
+                kind = Kind.CODE if self.phase is Phase.IMAGE else Kind.FRAME
+                self.codes += kind is Kind.CODE
+                self.place += 1
+                self._enter()
             case _ if token == controls.get("begin_image"):
-                self.phase = Phase.IMAGE
+                self._enter()
                 kind = Kind.BEGIN
             case _:
                 kind = Kind.TEXT
         if self.room == 0:
             self.phase, self.stop = Phase.DONE, "length"
         return kind
+
+    def _enter(self) -> None:
+        """The phase of the place that the image has come to."""
+        self.phase = Phase.IMAGE if self.rules.image.forced(self.place) is None else Phase.FRAME

@@ -16,11 +16,12 @@ from jam.decode.choose import used
 from jam.decode.grammar import Kind, Phase, Row, Rules, Step
 from jam.decode.options import SamplingOptions, default_options
 from jam.decode.stop import StopText
-from jam.document import Document, Hole
-from jam.errors import GenerationError
+from jam.document import CodesPart, Document, Hole
+from jam.errors import DataError, GenerationError
 from jam.models.heads import next_heads
 from jam.models.load import Bundle
-from jam.tokens.render import IMAGE_HEAD, render
+from jam.tokens.frame import frame_of
+from jam.tokens.render import IMAGE_HEAD, NO_HOLES, render
 from jam.tokens.text import TextStream, TextTokenizer
 from jam.tokens.vocabulary import Vocabulary
 
@@ -54,7 +55,7 @@ class Job:
 
     def searches(self, index: int) -> bool:
         """Whether a row is inside an image that beams search for."""
-        return self.options[index].image_beams > 1 and self.rows[index].phase is Phase.IMAGE
+        return self.options[index].image_beams > 1 and self.rows[index].drawing
 
     def take(self, tokens: dict[int, int], position: int) -> list[Step]:
         """Advances the rows by their tokens."""
@@ -101,8 +102,9 @@ class Job:
         if all(self.options[index].image_repetition_penalty == 1 for index in indices):
             return None
         vocabulary = self.rows[indices[0]].rules.vocabulary
-        last = [self.replies[index][len(self.replies[index]) - self.rows[index].codes :] for index in indices]
-        codes = [[token - vocabulary.image_span.start for token in ids] for ids in last]
+        start, stop = vocabulary.image_span.start, vocabulary.image_span.stop
+        last = [self.replies[index][len(self.replies[index]) - self.rows[index].place :] for index in indices]
+        codes = [[token - start for token in ids if start <= token < stop] for ids in last]
         return used(codes, vocabulary.codebook_size, device)
 
     def used_text(self, indices: Sequence[int], size: int, device: torch.device) -> Tensor | None:
@@ -127,15 +129,61 @@ def encode_images(bundle: Bundle, document: Document) -> Document:
         GenerationError: there are pixels, and this model has no image tokenizer.
     """
 
-    def encode(images: list) -> list[tuple[int, ...]]:
+    def encode(images: list) -> list[CodesPart]:
         if bundle.image is None:
             raise GenerationError(
                 f"{bundle.path}: the prompt holds {len(images)} images and this model has no image tokenizer; "
                 "leave the images out or use a model that reads images"
             )
-        return [tuple(row) for row in bundle.image.encode(images).tolist()]
+        if not bundle.vocabulary.framed:
+            return [CodesPart(tuple(row)) for row in bundle.image.encode(images).tolist()]
+        found = (bundle.image.read(image, bundle.vocabulary) for image in images)
+        return [CodesPart(codes, grid=grid) for codes, grid in found]
 
     return document.with_codes(encode)
+
+
+def rules_of(bundle: Bundle, options: SamplingOptions, hole: Hole | None = None) -> Rules:
+    """What a reply may hold by the options, and the frame of its images; ``hole``: what it fills.
+
+    Raises:
+        GenerationError: as :class:`Rules`; a size of images that this model does not make.
+    """
+    bounds = (hole or options.mode, options.min_images, options.max_images, hole)
+    vocabulary = bundle.vocabulary
+    if bounds[0] == "text" or not vocabulary.codes_per_image:
+        return Rules(vocabulary, *bounds)
+    if hole == "image" and vocabulary.framed:
+        raise GenerationError(f"{bundle.path}: {NO_HOLES}")
+    try:
+        return Rules(vocabulary, *bounds, frame_of(vocabulary, bundle.text, _grid(bundle, options)))
+    except DataError as error:
+        raise GenerationError(f"{bundle.path}: {error}") from None
+
+
+def _grid(bundle: Bundle, options: SamplingOptions) -> tuple[int, int] | None:
+    """Rows and columns of the size that was asked for; None is the model's own."""
+    if options.image_sides is None:
+        return None
+    asked, image, (width, height) = f"image_size is {options.image_size}", bundle.image, options.image_sides
+    if image is None:
+        raise GenerationError(f"{bundle.path}: {asked} and there is no image tokenizer to count pixels; leave it out")
+    if not bundle.vocabulary.framed:
+        if (width, height) != (image.resolution, image.resolution):
+            own = f"{image.resolution}x{image.resolution}"
+            raise GenerationError(f"{bundle.path}: {asked}, this model's images are all {own}; leave it out")
+        return None
+    if width % image.factor or height % image.factor:
+        raise GenerationError(
+            f"{bundle.path}: {asked}; both sides must be multiples of {image.factor} px, the size of a code: change it"
+        )
+    rows, columns = height // image.factor, width // image.factor
+    if rows * columns > context_length(bundle):
+        raise GenerationError(
+            f"{bundle.path}: {asked}, {rows * columns} codes, and the model's context is {context_length(bundle)}; "
+            "choose a smaller one"
+        )
+    return rows, columns
 
 
 def options_of(bundle: Bundle, prompts: Sequence[Document], options: Options) -> list[SamplingOptions]:
@@ -178,7 +226,7 @@ def prepare_ids(
                 f"{where}the hole in the prompt takes {hole} and mode is {own.mode}; required: mode {hole}, change it "
                 "or the hole"
             )
-        rules = Rules(bundle.vocabulary, hole or own.mode, own.min_images, own.max_images, hole)
+        rules = rules_of(bundle, own, hole)
         left = context - len(tokens)
         if left < rules.needed_tokens:
             raise GenerationError(
@@ -194,10 +242,12 @@ def prepare_ids(
     _check_guessing(bundle, options)
     numbers = list(range(len(rows)) if streams is None else streams)
     job = Job(list(options), list(prompts), rows, numbers, tokenizer=bundle.text)
-    guided_rows = [index for index, row in enumerate(rows) if options[index].guided and row.rules.may_draw]
+    # where no whole image fits none is opened, and nothing needs guidance
+    drawers = [index for index, row in enumerate(rows) if row.rules.may_draw and row.room > row.rules.image_tokens]
+    guided_rows = [index for index in drawers if options[index].guided]
     if guided_rows:
         job.prefix = _unconditional_prefix(bundle)
-        needed = len(job.prefix) + max(row.rules.image_tokens for row in rows)
+        needed = len(job.prefix) + max(rows[index].rules.image_tokens for index in drawers)
         if needed > context:
             raise GenerationError(
                 f"the model's context is {context}; guidance needs {needed} for one image; set guidance_scale to 1"
@@ -206,7 +256,8 @@ def prepare_ids(
         job.kept = [[*job.prefix, *_images_of(bundle, tokens)] for tokens in prompts]
         for index in range(len(rows)):  # it runs under all
             rules, most = rows[index].rules, rows[index].room
-            drawn = int(min(rules.most_images, most // rules.image_tokens)) * rules.image_tokens
+            size = rules.image_tokens
+            drawn = int(min(rules.most_images, most // size)) * size if rules.may_draw else 0
             if len(job.kept[index]) + drawn > context:
                 raise GenerationError(
                     f"the model's context is {context}; the stream that keeps images needs "
@@ -239,6 +290,13 @@ def _images_of(bundle: Bundle, tokens: Sequence[int]) -> list[int]:
     """The ids of a prompt's images alone, each between its controls."""
     controls, span = bundle.vocabulary.controls, bundle.vocabulary.image_span
     found: list[int] = []
+    if bundle.vocabulary.framed:  # opens and closes with two ids
+        within = False
+        for token in tokens:
+            within = within or token == controls["begin_image"]
+            found += [token] if within else []
+            within = within and token != controls["end_image"]
+        return found
     for is_code, run in groupby(tokens, lambda token: span.start <= token < span.stop):
         if is_code:
             found += [controls["begin_image"], *run, controls["end_image"]]

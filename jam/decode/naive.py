@@ -1,7 +1,7 @@
 """The decoder as one would first write it: the oracle of ``jam.decode.engine``.
 
 One row at a time, a full forward of everything at each step, no cache, no padding, no mask; the streams of guidance are
-sequences of their own: ``<s><mask><break>`` and the codes so far, or ``<s><mask>``, every image before and these. Heads
+sequences of their own: ``<s><mask><break>`` and the image so far, or ``<s><mask>``, every image before and these. Heads
 come from the ids (``jam.models.heads.next_heads``), not from the grammar's state, and scores from whole logits. What it
 shares with the engine is the choice of a token from given scores. Far too slow for use: a reply of n tokens costs n
 forwards of up to n tokens.
@@ -57,31 +57,31 @@ class _Row:
                 scores = self._codes([self._image()])
                 start = self.bundle.vocabulary.image_span.start
                 return int(choose_codes(self.options, scores, draw, job.used_codes([index], device))) + start
-            case Phase.CLOSE:
-                self.images += [self.controls["begin_image"], *self._image(), self.controls["end_image"]]
-                return self.row.rules.closing_id
+            case Phase.FRAME:
+                if self.row.place == self.row.rules.image.last:
+                    self.images += [self.controls["begin_image"], *self._image(), self.row.forced]
+                return self.row.forced
         logits = self._last([*job.prompts[index], *job.replies[index]])
         legal = self.row.legal()[None]
         return int(choose_text(self.options, logits, legal, draw, job.used_text([index], logits.shape[-1], device)))
 
     def _image(self) -> list[int]:
-        """The codes of the image at hand."""
+        """What the reply has of the image at hand, after the control that opens it."""
         reply = self.job.replies[self.index]
-        return reply[len(reply) - self.row.codes :]
+        begins = [at for at, token in enumerate(reply) if token == self.controls["begin_image"]]
+        return reply[begins[-1] + 1 :] if begins else list(reply)  # one in a hole is open from the start
 
     def _search(self, position: int) -> list[Step]:
         """The codes of an image that beams search for, every beam from its beginning at every step."""
-        search = Search.begin(self.job, self.index, position)
+        search, size = Search.begin(self.job, self.index, position), self._image()
         while self.job.searches(self.index):
-            search.extend(self._codes(search.ids.tolist(), given=True))
+            search.extend(lambda: self._codes([[*size, *ids] for ids in search.ids.tolist()]))
         return search.steps()
 
-    def _codes(self, images: list[list[int]], given: bool = False) -> Scores:
-        """Scores after images that have begun, in every stream. ``given``: the reply does not hold their codes yet."""
+    def _codes(self, images: list[list[int]]) -> Scores:
+        """Scores after images that have begun, in every stream; the reply holds their beginning."""
         job, index, begin = self.job, self.index, self.controls["begin_image"]
-        before = [*job.prompts[index], *job.replies[index]]
-        before = before if given else before[: len(before) - self.row.codes]
-        starts = [before]
+        starts = [[*job.prompts[index], *job.replies[index][: len(job.replies[index]) - len(self._image())]]]
         if job.prefix is not None:
             starts.append([*job.prefix, begin])
         if job.kept is not None:

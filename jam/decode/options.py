@@ -1,6 +1,7 @@
 """How to reply: one frozen record of checked settings, and a model's own defaults under what a user says."""
 
 import math
+import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -17,9 +18,11 @@ _TYPES: dict[object, tuple[tuple[type, ...], str]] = {
     tuple[str, ...]: ((tuple,), "a list of words"),
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
+    str | None: ((str, type(None)), "a word or none"),
     int | None: ((int, type(None)), "a whole number or none"),
     float | None: ((int, float, type(None)), "a number or none"),
 }
+_SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class SamplingOptions:
 
     Mode ``image`` makes at least one image and no text; ``free`` leaves the number of images to the model. A reply ends
     before a string of ``stop`` in its text, once the images that it owes are made. ``image_beams`` above 1 searches for
-    the likeliest image (needs ``image_temperature`` 0) in so many lanes of the batch.
+    the likeliest image (needs ``image_temperature`` 0) in so many lanes of the batch. ``image_size`` is "WIDTHxHEIGHT"
+    in pixels, for models whose images may have any; None is the model's own square.
 
     Guidance of images compares the prompt with nothing. ``guidance`` "cfg" blends by ``guidance_scale`` (1 is off and
     costs nothing); with ``image_guidance_scale`` a third stream keeps the prompt's images and drops its text, and the
@@ -59,6 +63,7 @@ class SamplingOptions:
     image_top_k: int | None = None
     image_repetition_penalty: float = 1.0
     image_beams: int = 1
+    image_size: str | None = None
     guidance: Guidance = "cfg"
     guidance_scale: float = 3.0
     image_guidance_scale: float | None = None
@@ -95,6 +100,8 @@ class SamplingOptions:
         _check("cd_alpha", self.cd_alpha, 0 <= self.cd_alpha <= 1, "from 0 to 1")
         _check("cd_k", self.cd_k, self.cd_k >= 1, "at least 1; 1 is plain contrastive decoding")
         _check("image_beams", self.image_beams, 1 <= self.image_beams <= 64, "from 1 (no search) to 64")
+        sized = self.image_size is None or _SIZE.fullmatch(self.image_size)
+        _check("image_size", self.image_size, bool(sized), "WIDTHxHEIGHT in pixels, as 768x512, or none")
         _check(
             "image_temperature",
             self.image_temperature,
@@ -130,6 +137,12 @@ class SamplingOptions:
     def guided(self) -> bool:
         """Whether an image needs a stream without the prompt."""
         return self.guidance == "cd_k" or self.guidance_scale != 1 or self.keeps_images
+
+    @property
+    def image_sides(self) -> tuple[int, int] | None:
+        """``image_size`` as numbers: width and height in pixels."""
+        read = None if self.image_size is None else _SIZE.fullmatch(self.image_size)
+        return None if read is None else (int(read[1]), int(read[2]))
 
     @property
     def keeps_images(self) -> bool:

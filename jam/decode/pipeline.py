@@ -27,12 +27,12 @@ from transformers import AnyToAnyPipeline, BatchFeature, GenerationConfig, PreTr
 from transformers.generation.streamers import BaseStreamer
 
 from jam.decode.custom_generate import custom_generate
-from jam.decode.grammar import Rules
-from jam.decode.job import encode_images
+from jam.decode.job import encode_images, rules_of
 from jam.decode.options import SamplingOptions, default_options
 from jam.document import Document, TextPart, from_messages, user_turn
 from jam.errors import DataError, GenerationError
 from jam.models.load import Bundle
+from jam.tokens.frame import read_grid
 from jam.tokens.image import opaque, open_image
 from jam.tokens.render import parse, render
 
@@ -86,7 +86,7 @@ class AnyToAnyModel:
     def output_modalities(self) -> tuple[str, ...]:
         """With "image" only where codes can be drawn and made pixels."""
         image = self.bundle.image
-        draws = Rules(self.bundle.vocabulary).can_draw and image is not None and image.makes_images
+        draws = image is not None and image.makes_images and rules_of(self.bundle, self._options({})).can_draw
         return ("image", "text") if draws else ("text",)
 
     def to(self, device: torch.device) -> "AnyToAnyModel":
@@ -107,7 +107,7 @@ class AnyToAnyModel:
         **said: Any,
     ) -> Tensor:
         """Mode "text": the prompts with their replies, int64 [B, T + R], padded on the right; mode "image": the ids of
-        one image's codes, int64 [B, N].
+        one image's codes, int64 [B, N], with its size and row ends where it carries them.
 
         Args:
             said: fields of :class:`SamplingOptions`; ``max_new_tokens`` and ``stop_strings`` are transformers' names of
@@ -122,8 +122,9 @@ class AnyToAnyModel:
         options = self._options(said)
         vocabulary = self.bundle.vocabulary
         if generation_mode == "image":
-            needed = Rules(vocabulary, "image", 0, 1).needed_tokens
-            options = replace(options, mode="image", min_images=0, max_images=1, max_tokens=needed)
+            options = replace(options, mode="image", min_images=0, max_images=1)
+            rules = rules_of(self.bundle, options)
+            options = replace(options, max_tokens=rules.needed_tokens)
         elif generation_mode == "text":
             options = replace(options, mode="text", min_images=0)
         else:
@@ -137,10 +138,10 @@ class AnyToAnyModel:
         if generation_mode == "text":
             return found
         first = input_ids.shape[1] + 1  # after the control that opens the image
-        return found[:, first : first + vocabulary.codes_per_image]
+        return found[:, first : first + (len(rules.image) if vocabulary.framed else rules.image.codes)]
 
     def decode_image_tokens(self, image_tokens: Tensor) -> Tensor:
-        """Ids of codes, int64 [B, N], as ``generate`` gives them, to pixels, uint8 [B, S, S, 3].
+        """Ids of codes, int64 [B, N], as ``generate`` gives them, to pixels, uint8 [B, H, W, 3].
 
         Raises:
             JamError: no image tokenizer with a decoder, or ids that are not those of whole images.
@@ -148,8 +149,12 @@ class AnyToAnyModel:
         image, span = self.bundle.image, self.bundle.vocabulary.image_span
         if image is None or span is None:
             raise GenerationError(f"{self.bundle.path}: no image tokenizer to decode images with; use a model with one")
-        codes = image_tokens.cpu().numpy() - span.start
-        decoded = [image.decode(row[None])[0] for row in codes]  # alone, as a stream does: a batch may round otherwise
+        ids, vocabulary = image_tokens.cpu().numpy(), self.bundle.vocabulary
+        grids = [read_grid(row.tolist(), 0, vocabulary, self.bundle.text) for row in ids]
+        if vocabulary.framed:
+            ids = np.stack([row[(row >= span.start) & (row < span.stop)] for row in ids])
+        # alone, as a stream does: a batch may round otherwise
+        decoded = [image.decode(row[None] - span.start, grid)[0] for row, grid in zip(ids, grids, strict=True)]
         return torch.from_numpy(np.stack([np.asarray(picture) for picture in decoded]))
 
     def _options(self, said: dict[str, Any]) -> SamplingOptions:

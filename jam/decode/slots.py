@@ -44,7 +44,8 @@ Ids = Sequence[int]
 
 @dataclass(frozen=True)
 class Fed:
-    """What the tokens of a step are, bool [L] each: one that opens an image, a code, one that closes an image."""
+    """What the tokens of a step are, bool [L] each: one that opens an image, a code or another one inside an image, one
+    that closes an image."""
 
     opens: Tensor
     code: Tensor

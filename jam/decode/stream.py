@@ -15,8 +15,9 @@ import numpy as np
 from PIL.Image import Image
 
 from jam.decode.engine import generate
-from jam.decode.grammar import Kind, Step, StopReason
-from jam.decode.job import Options, options_of
+from jam.decode.grammar import Kind, Rules, Step, StopReason
+from jam.decode.job import Options, options_of, rules_of
+from jam.decode.options import SamplingOptions
 from jam.decode.stop import StopText
 from jam.document import CodesPart, Document, Hole, MaskPart, Part, Role, TextPart
 from jam.errors import GenerationError
@@ -82,6 +83,7 @@ class Reply:
 class _Row:
     role: Role
     stream: TextStream
+    rules: Rules
     opened: bool = False  # the reply begins inside an image
     parts: list[Part] = field(default_factory=list)
     text: list[int] = field(default_factory=list)
@@ -107,18 +109,18 @@ class ReplyStream:
 
     def __init__(self, bundle: Bundle, prompts: Sequence[Document], options: Options = None, preview_rows: int = 0):
         self.bundle = bundle
-        self.preview_every = 0
-        if preview_rows and bundle.image is not None:
-            self.preview_every = preview_rows * math.isqrt(bundle.image.codes_per_image)
+        self.preview_rows = preview_rows if bundle.image is not None else 0
         self.rows = [
-            _Row(reply_role(prompt), *self._beginning(prompt), words=own.stop)
+            _Row(reply_role(prompt), *self._beginning(prompt, own), words=own.stop)
             for prompt, own in zip(prompts, options_of(bundle, prompts, options), strict=True)
         ]
 
-    def _beginning(self, prompt: Document) -> tuple[TextStream, bool]:
-        """The text that a reply begins with, which goes on from other text in a hole, and whether an image is open."""
+    def _beginning(self, prompt: Document, own: SamplingOptions) -> tuple[TextStream, Rules, bool]:
+        """The text that a reply begins with, which goes on from other text in a hole; its rules; whether an image is
+        open."""
         inside = any(isinstance(a, TextPart) and _is_hole(b, "text") for a, b in pairwise(prompt.parts))
-        return TextStream(self.bundle.text, inside), any(_is_hole(part, "image") for part in prompt.parts)
+        opened = any(_is_hole(part, "image") for part in prompt.parts)
+        return TextStream(self.bundle.text, inside), rules_of(self.bundle, own), opened
 
     def push(self, step: Step) -> list[Event]:
         row, index = self.rows[step.row], step.row
@@ -138,15 +140,18 @@ class ReplyStream:
                 if row.opened and not row.codes:
                     events.append(ImageStart(index, row.drawn))
                 row.codes.append(step.token - self.bundle.vocabulary.image_span.start)
-                total = self.bundle.vocabulary.codes_per_image
-                preview = None
-                if self.preview_every and len(row.codes) % self.preview_every == 0 and len(row.codes) < total:
-                    preview = self.bundle.image.preview(row.codes)
+                frame, preview = row.rules.image, None
+                total, columns = frame.codes, math.isqrt(frame.codes) if frame.grid is None else frame.columns
+                every = self.preview_rows * columns
+                if every and len(row.codes) % every == 0 and len(row.codes) < total:
+                    preview = self.bundle.image.preview(row.codes, frame.grid)
                 events.append(ImageProgress(index, row.drawn, len(row.codes), total, preview))
             case Kind.END:
                 events.append(self._close_image(index))
             case Kind.EOS:
                 events += [self._close_image(index)] if row.codes else []
+            case Kind.FRAME:
+                pass
         if step.stop is not None:
             events += self._close_text(index)
             row.stop = step.stop
@@ -175,12 +180,12 @@ class ReplyStream:
 
     def _close_image(self, index: int) -> ImageDone:
         row = self.rows[index]
-        codes = tuple(row.codes)
+        codes, grid = tuple(row.codes), row.rules.image.grid
         image = None
         if self.bundle.image is not None:
-            (image,) = self.bundle.image.decode(np.array([codes]))
+            (image,) = self.bundle.image.decode(np.array([codes]), grid)
             row.images.append(image)
-        row.parts.append(CodesPart(codes, row.role))
+        row.parts.append(CodesPart(codes, row.role, grid=grid))
         row.codes = []
         row.drawn += 1
         return ImageDone(index, row.drawn - 1, codes, image)
@@ -224,8 +229,8 @@ def events(
 ) -> Iterator[Event]:
     """The events of ``jam.decode.engine.generate``, with its arguments and errors; ``preview_rows`` as ``ReplyStream``
     takes it."""
+    steps = generate(bundle, prompts, options, streams)  # first: it says what is wrong with a prompt
     stream = ReplyStream(bundle, prompts, options, preview_rows)
-    steps = generate(bundle, prompts, options, streams)
     return (event for step in steps for event in stream.push(step))
 
 
@@ -236,7 +241,8 @@ def replies(
     streams: Sequence[int] | None = None,
 ) -> list[Reply]:
     """Whole replies, in the order of the prompts; arguments and errors of ``jam.decode.engine.generate``."""
+    steps = generate(bundle, prompts, options, streams)
     stream = ReplyStream(bundle, prompts, options)
-    for step in generate(bundle, prompts, options, streams):
+    for step in steps:
         stream.push(step)
     return [stream.reply(index) for index in range(len(prompts))]

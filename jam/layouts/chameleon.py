@@ -6,8 +6,9 @@ token is named ``IMGIMG``, its code in letters for digits (A is 0), ``Z``; ids n
 ``<s> <racm3:break>``, as Meta's sampler has it. transformers carries no decoder of the image network: such a folder
 reads images and draws codes, not pixels.
 
-Lumina-mGPT (``mask_image_logits`` in its configuration) writes an image's size and a ``<reserved08799>`` after each row
-of codes; that is more than jam's grammar says.
+Lumina-mGPT (``mask_image_logits`` in its configuration) writes, after the token that opens an image, one token each for
+its height and its width, ``<reserved08800>`` and the number of 32 px, and a ``<reserved08799>`` after each row of codes
+(github.com/Alpha-VLLM/Lumina-mGPT, lumina_mgpt/data/item_processor.py).
 """
 
 import re
@@ -44,9 +45,10 @@ LUMINA_SAMPLING = {
     **{"text_temperature": 1.0, "text_top_p": 1.0, "text_top_k": 10},
     **{"image_temperature": 1.0, "image_top_p": 1.0, "image_top_k": 2000, "guidance_scale": 3.0},
 }
+SIZES, SIZE_CODES, MOST_SIZES = 8800, 2, 64  # Lumina-mGPT's: their first number, codes a step, up to 4:1 of 1024 px
 LUMINA = (
-    f"Lumina-mGPT writes an image's size and {ROW_END} between its codes: weights and ids are kept, but jam cannot "
-    "draw its images yet or train on them; in a merge with another tokenizer its size tokens are left out",
+    "images are squares of the image network's own resolution where no other --image-size is asked for, and in "
+    "training: Lumina-mGPT-7B-768 was trained for 768x768, sides in steps of 32 px",
 )
 _CODE = re.compile(r"IMGIMG([A-J]+)Z")
 _DIGITS = str.maketrans("ABCDEFGHIJ", "0123456789")
@@ -64,7 +66,7 @@ def chameleon_vocabulary(
     Args:
         words: token to id.
         size: rows of the table.
-        rows: name the token that ends a row of an image (Lumina-mGPT).
+        rows: name the tokens for an image's size and the end of a row (Lumina-mGPT).
 
     Returns:
         The vocabulary, and int64 [K]: the codebook index that each image id stands for, in the order of the ids.
@@ -93,7 +95,11 @@ def chameleon_vocabulary(
             kinds[index] = TEXT
     span, order = code_ids(numbered, "IMGIMG...Z", where)
     kinds[span.start : span.stop] = IMAGE
-    named = CONTROLS | ({"end_row": ROW_END} if rows else {})
+    named = CONTROLS
+    if rows:
+        numbers = range(1, MOST_SIZES + 1)
+        sizes = {f"size_{SIZE_CODES * number}": f"<reserved{SIZES + number:05d}>" for number in numbers}
+        named = CONTROLS | {"end_row": ROW_END} | sizes
     controls = {control: words[name] for control, name in named.items() if name in words}
     if missing := next((control for control in REQUIRED if control not in controls), None):
         raise CheckpointError(

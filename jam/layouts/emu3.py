@@ -6,13 +6,14 @@ image token is named ``<|visual token 000000|>``. An image is
 
     begin, its size in text ("90*90"), <|image token|>, rows of codes that each end in <|extra_200|>, <|extra_201|>, end
 
-which is more than jam's grammar says: the model can be merged, every row under its id, and not drawn with yet.
+with the rows and columns of its codes for a size (``jam.tokens.frame``).
 """
 
 import re
 
-from jam.checkpoint import Checkpoint
+from jam.checkpoint import Checkpoint, read_json
 from jam.errors import CheckpointError
+from jam.header import shown
 from jam.layouts.view import ModelFolder, Owner, check_words, code_ids, split, unordered, vocabulary_of
 from jam.tokens.vocabulary import JamFile
 from jam.tokens.vq_config import CODEBOOK
@@ -39,9 +40,10 @@ _TEXT = {
     "eos_token_id": 151850,
 }
 _NETWORK = {"codebook_size": 32768, "embed_dim": 4, "channel_multiplier": [1, 2, 2, 4]}
+AREA = {"min_pixels": 512 * 512, "max_pixels": 1024 * 1024}  # of transformers' Emu3ImageProcessor
 NOTES = (
-    "Emu3 writes an image's size as text and ends every row of codes with a token: weights and ids are kept, but jam "
-    f"cannot draw its images yet or train on them; codes_per_image is that of {RESOLUTION} px squares",
+    f"images are squares of {RESOLUTION} px where no other --image-size is asked for, and in training, which needs the "
+    "context for them",
 )
 # the owner's image_generation.py (baaivision/Emu3, 005719f), where what it leaves out is transformers' default
 SAMPLING = {"image_temperature": 1.0, "image_top_p": 1.0, "image_top_k": 2048, "guidance_scale": 3.0}
@@ -79,7 +81,7 @@ def view(owner: Owner) -> ModelFolder:
         raise CheckpointError(
             f"{where}/config.json: vq_config is a {type(given).__name__}; a mapping is required, restore the file"
         )
-    network = _NETWORK | given | {"model_type": "emu3_vqgan", "resolution": RESOLUTION}
+    network = _NETWORK | given | {"model_type": "emu3_vqgan", "resolution": RESOLUTION} | _area(owner)
     renamed = {
         "text_model.model.": "model.",
         "text_model.lm_head.": "lm_head.",
@@ -100,6 +102,30 @@ def view(owner: Owner) -> ModelFolder:
     vocabulary = vocabulary_of(owner, config, span, controls, (RESOLUTION // factor) ** 2)
     jam = JamFile(vocabulary, None, ("bos", "begin_image"), sampling=dict(SAMPLING))
     return ModelFolder(Checkpoint(owner.path, config, decoder), jam, "Emu3", found, unordered(order), NOTES)
+
+
+def square_codes(network: dict) -> int | None:
+    """Codes of the square that an image tokenizer folder makes; None for a config.json that is none of its class."""
+    levels, side = network.get("channel_multiplier", _NETWORK["channel_multiplier"]), network.get("resolution", 512)
+    if not isinstance(levels, list | tuple) or not 1 <= len(levels) <= 9 or type(side) is not int:
+        return None
+    return (side // 2 ** (len(levels) - 1)) ** 2
+
+
+def _area(owner: Owner) -> dict[str, int]:
+    """Between how many pixels the owner's image processor brings what it reads. Raises CheckpointError for none."""
+    found = dict(AREA)
+    for name in ("preprocessor_config.json", "processor_config.json"):  # alone, or with the rest of the processor
+        file = owner.path / name
+        raw = read_json(file) if file.is_file() else {}
+        inner = raw.get("image_processor", raw)
+        found |= {key: inner[key] for key in AREA if isinstance(inner, dict) and key in inner}
+    if any(type(size) is not int for size in found.values()) or not 1 <= found["min_pixels"] <= found["max_pixels"]:
+        raise CheckpointError(
+            f"{owner.path}: the image processor's min_pixels and max_pixels are {shown(list(found.values()))}; whole "
+            "numbers in order are required, restore its file"
+        )
+    return found
 
 
 def _check_network(network: Checkpoint, codes: int, where: str) -> None:

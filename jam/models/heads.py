@@ -5,7 +5,8 @@ head's own span plus the control rows (two heads are never compared, see docs/de
 the ids seen so far:
 
     after an image code                              image head (next code, or the closing control after the last)
-    after a control that opens an image              image head
+    after a control that opens an image              image head; text head where the size follows in text
+    after a row's end, a size token, ...             image head (``Vocabulary.within_image``)
     after <mask>                                     as before it (a masked span does not change the segment)
     after the n-th <infill> of a document            as after its n-th <mask> (the span goes on in its own segment)
     after anything else                              text head
@@ -44,6 +45,10 @@ def next_heads(ids_BT: Tensor, vocabulary: Vocabulary) -> Tensor:
     opens = ids_BT == begin
     if begin == end:
         opens &= _opens(opens, is_mask, is_code)
+    if within := vocabulary.within_image:
+        if "begin_codes" in vocabulary.controls:  # the size stands before it, in text
+            opens = torch.zeros_like(opens)
+        opens |= torch.isin(ids_BT, torch.tensor(within, device=ids_BT.device))
     image_after = _at(is_code | opens, _last(~is_mask))
     if "infill" in vocabulary.controls:
         is_infill = ids_BT == vocabulary.controls["infill"]

@@ -47,7 +47,7 @@ class Bundle:
     """A model with its vocabulary and tokenizers.
 
     Attributes:
-        image: None for a model that makes no images, or whose images jam cannot write down (``Vocabulary.framed``).
+        image: None for a model that makes no images.
         unconditional: names of the controls that stand for "no condition" before an image.
         sampling: the model's own defaults of ``jam.decode.options.SamplingOptions``.
         backend: of ``torch.compile`` for decoding steps (``jam.models.compiled``), "inductor" for one; None is eager.
@@ -173,7 +173,7 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32) -> Bundle:
             "checkpoint"
         )
     image = None
-    if record.image_tokenizer is not None and not record.vocabulary.framed:
+    if record.image_tokenizer is not None:
         image = ImageTokenizer.load(path / record.image_tokenizer)
     model = load_model(path, checkpoint.config, dtype)
     bundle = Bundle(path, model, record.vocabulary, text, image, record.unconditional, record.sampling)

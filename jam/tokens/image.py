@@ -18,6 +18,8 @@ from PIL import ImageOps, UnidentifiedImageError
 
 from jam.checkpoint import read_json
 from jam.errors import CheckpointError, DataError
+from jam.tokens.frame import Grid, default_grid, nearest_grid
+from jam.tokens.vocabulary import Vocabulary
 from jam.tokens.vq import VQModel
 
 MAX_PIXELS = 32_000_000
@@ -91,12 +93,15 @@ class ImageSizes(Protocol):
 
 
 class ImageNetwork(Protocol):
-    """Square images to codes and back: pixels float [B, 3, S, S] in [-1, 1], codes int64 [B, codes_per_image]."""
+    """Images to codes and back: pixels float [B, 3, H, W] in [-1, 1], codes int64 [B, R*C] in raster order; where
+    nothing is said of ``columns`` the square of ``codes_per_image``."""
 
     @property
     def config(self) -> ImageSizes: ...
     def encode(self, pixels: torch.Tensor) -> torch.Tensor: ...
-    def decode(self, codes: torch.Tensor) -> torch.Tensor: ...
+    def decode(self, codes: torch.Tensor, columns: int | None = None) -> torch.Tensor: ...
+    def grid_of(self, width: int, height: int) -> Grid | None: ...
+    def state_dict(self) -> dict[str, torch.Tensor]: ...
     def to(self, device: torch.device) -> object: ...
 
 
@@ -122,7 +127,8 @@ def load_network(folder: Path) -> ImageNetwork:
 
 
 class ImageTokenizer:
-    """A frozen VQ network with its pixel conventions: centre crop to a square, bicubic to ``resolution``."""
+    """A frozen VQ network with its pixel conventions: centre crop to a square, bicubic to ``resolution``; for models
+    whose images have sizes of their own (``grid``: rows and columns of codes) to one of these."""
 
     def __init__(self, network: ImageNetwork):
         self.network, self.device = network, torch.device("cpu")
@@ -154,6 +160,11 @@ class ImageTokenizer:
     def resolution(self) -> int:
         return self.network.config.resolution
 
+    @property
+    def factor(self) -> int:
+        """Pixels a side that one code stands for."""
+        return self.resolution // math.isqrt(self.codes_per_image)
+
     def fit(self, image: Pil.Image) -> Pil.Image:
         """The image at S x S pixels, as the network sees it; one of that size is returned as it is."""
         size = (self.resolution, self.resolution)
@@ -161,8 +172,24 @@ class ImageTokenizer:
 
     def pixels(self, images: list[Pil.Image]) -> torch.Tensor:
         """RGB images of any size to float [B, 3, S, S] in [-1, 1]."""
-        stacked = torch.from_numpy(np.stack([np.asarray(self.fit(image).convert("RGB")) for image in images]))
-        return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return _unit([self.fit(image) for image in images])
+
+    def read(self, image: Pil.Image, vocabulary: Vocabulary) -> tuple[tuple[int, ...], Grid]:
+        """The codes of one image, in raster order, at the size that suits it best, for a model whose images have sizes.
+
+        Where size tokens say what sizes there are, the nearest, cropped; else that of the network's own processor,
+        which stretches by less than a code; else the square.
+
+        Raises:
+            DataError: a picture that the processor does not take.
+        """
+        if vocabulary.sizes:
+            grid, place = nearest_grid(*image.size, vocabulary), ImageOps.fit
+        else:
+            own = self.network.grid_of(*image.size) if "begin_codes" in vocabulary.controls else None
+            grid, place = (default_grid(vocabulary), ImageOps.fit) if own is None else (own, Pil.Image.resize)
+        resized = place(image, (grid[1] * self.factor, grid[0] * self.factor), Pil.BICUBIC)
+        return tuple(self.network.encode(_unit([resized]).to(self.device))[0].tolist()), grid
 
     def encode(self, images: list[Pil.Image], batch_size: int = 64) -> np.ndarray:
         """int64 [len(images), codes_per_image]."""
@@ -170,36 +197,45 @@ class ImageTokenizer:
         codes = [self.network.encode(self.pixels(chunk).to(self.device)).cpu().numpy() for chunk in chunks]
         return np.concatenate(codes) if codes else np.zeros((0, self.codes_per_image), np.int64)
 
-    def decode(self, codes: np.ndarray) -> list[Pil.Image]:
-        """int [B, codes_per_image] to B RGB images.
+    def decode(self, codes: np.ndarray, grid: Grid | None = None) -> list[Pil.Image]:
+        """int [B, codes_per_image], or [B, rows * columns] of ``grid``, to B RGB images.
 
         Raises:
             DataError: wrong length or codes outside the codebook.
             CheckpointError: the network has no decoder.
         """
         codes = np.asarray(codes, dtype=np.int64)
-        if codes.ndim != 2 or codes.shape[1] != self.codes_per_image:
-            raise DataError(f"codes of shape {codes.shape}; [batch, {self.codes_per_image}] are required for an image")
-        return self._pixels(codes)
+        wanted = self.codes_per_image if grid is None else math.prod(grid)
+        if codes.ndim != 2 or codes.shape[1] != wanted:
+            raise DataError(f"codes of shape {codes.shape}; [batch, {wanted}] are required for an image")
+        return self._pixels(codes, None if grid is None else grid[1])
 
-    def preview(self, codes: Sequence[int]) -> Pil.Image:
-        """The image that has begun with these codes: its whole rows in colour, the rest grey, at S x S pixels.
+    def preview(self, codes: Sequence[int], grid: Grid | None = None) -> Pil.Image:
+        """The image that has begun with these codes: its whole rows in colour, the rest grey, at S x S pixels, or the
+        size of ``grid``.
 
         Only the rows that are there go through the decoder, which sees them as a lower image; their last pixels change
         when the next row comes. Raises DataError and CheckpointError as ``decode``.
         """
-        grid = math.isqrt(self.codes_per_image)
-        rows = len(codes) // grid
-        canvas = Pil.new("RGB", (self.resolution, self.resolution), (128, 128, 128))
+        side = math.isqrt(self.codes_per_image)
+        whole, columns = (side, side) if grid is None else grid
+        rows = len(codes) // columns
+        canvas = Pil.new("RGB", (columns * self.factor, whole * self.factor), (128, 128, 128))
         if rows:
-            (top,) = self._pixels(np.asarray([codes[: rows * grid]], dtype=np.int64))
+            (top,) = self._pixels(np.asarray([codes[: rows * columns]], dtype=np.int64), columns)
             canvas.paste(top, (0, 0))
         return canvas
 
     @torch.inference_mode()
-    def _pixels(self, codes: np.ndarray) -> list[Pil.Image]:
+    def _pixels(self, codes: np.ndarray, columns: int | None = None) -> list[Pil.Image]:
         if codes.size and not (codes.min() >= 0 and codes.max() < self.codebook_size):
             raise DataError(f"codes in [{codes.min()}, {codes.max()}]; the codebook has {self.codebook_size} entries")
-        pixels = self.network.decode(torch.from_numpy(codes).to(self.device)).cpu()
+        pixels = self.network.decode(torch.from_numpy(codes).to(self.device), columns).cpu()
         array = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
         return [Pil.fromarray(item) for item in array]
+
+
+def _unit(images: list[Pil.Image]) -> torch.Tensor:
+    """Images of one size to float [B, 3, H, W] in [-1, 1]."""
+    stacked = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+    return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1

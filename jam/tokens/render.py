@@ -10,10 +10,11 @@ Layout (CM3Leon, arXiv 2309.02591, figure 9: text <break> image <break> ... <eos
 A role token stands wherever the speaker changes; ``</s>`` closes a plain document and every assistant turn. Where the
 vocabulary has a chat model's own ``turns``, they stand in place of ``<s> <user>``, ``<user>`` and ``<assistant>``. A
 prompt with a hole is written as CM3 training writes the whole document with that span moved to its end
-(``finetune.cm3.mask_spans``), up to where the span begins.
+(``finetune.cm3.mask_spans``), up to where the span begins. Where images carry their size and row ends, these stand
+among the codes (``jam.tokens.frame``).
 Each token also carries the *head* that predicts it, text or image (``design``: two heads are never compared), and its
-loss weight. The head is local: a token is predicted by the image head when an image is open before it, the closing
-``<break>`` included.
+loss weight. The head is local: a token is predicted by the image head when an image is open before it, row ends and the
+closing ``<break>`` included; a size in text, and the control that ends it, is the text head's.
 """
 
 from dataclasses import dataclass
@@ -22,13 +23,14 @@ import numpy as np
 
 from jam.document import CodesPart, Document, ImagePart, MaskPart, Part, Role, TextPart
 from jam.errors import DataError
+from jam.tokens.frame import frame_of, read_grid
 from jam.tokens.text import TextTokenizer
 from jam.tokens.vocabulary import IMAGE, Vocabulary
 
 TEXT_HEAD, IMAGE_HEAD = 0, 1
-FRAMED = (
-    "this model's images hold their size and row ends between the codes (control end_row), which jam cannot write yet; "
-    "use it with text alone, or another model for images"
+NO_HOLES = (
+    "an image that is missing, and this model's images carry their size: none can be written for it; ask for the image "
+    "with a prompt, or for text in the hole"
 )
 
 
@@ -82,9 +84,10 @@ def render(document: Document, vocabulary: Vocabulary, text: TextTokenizer, comp
             turn appends the assistant's role token (a prompt), or ``<infill>`` where the document has a hole.
 
     Raises:
-        DataError: an image in pixels (tokenise it first), an image of the wrong length or of more than codes, a control
-            that this vocabulary lacks, a reply that nobody asked for where the vocabulary's turns begin with the user,
-            or a hole that cannot be filled: a second one, one in a conversation, one in a complete document.
+        DataError: an image in pixels (tokenise it first), an image of the wrong length or of a size that cannot be
+            written, a control that this vocabulary lacks, a reply that nobody asked for where the vocabulary's turns
+            begin with the user, or a hole that cannot be filled: a second one, one in a conversation, one in a complete
+            document.
     """
     controls, turns = vocabulary.controls, vocabulary.turns
     hole = _hole(document, vocabulary, complete)
@@ -122,19 +125,23 @@ def render(document: Document, vocabulary: Vocabulary, text: TextTokenizer, comp
                 if ids:
                     writer.add(ids, TEXT_HEAD, weight, False)
             case CodesPart():
-                if len(part.codes) != vocabulary.codes_per_image:
+                begin_image, _ = control("begin_image"), control("end_image")
+                frame = frame_of(vocabulary, text, part.grid)
+                if len(part.codes) != frame.codes:
                     raise DataError(
-                        f"an image of {len(part.codes)} codes; this vocabulary's images have exactly "
-                        f"{vocabulary.codes_per_image}"
+                        f"an image of {len(part.codes)} codes; this vocabulary's images have exactly {frame.codes}"
+                        + (f" at {frame.rows} x {frame.columns}" if vocabulary.framed else "")
                     )
-                if vocabulary.framed:
-                    raise DataError(FRAMED)
-                writer.add(control("begin_image"), TEXT_HEAD, weight, True)
-                writer.add(vocabulary.image_ids(np.array(part.codes)).tolist(), IMAGE_HEAD, weight, False)
-                writer.add(control("end_image"), IMAGE_HEAD, weight, True)
+                ids = frame.filled(vocabulary.image_ids(np.array(part.codes)).tolist())
+                first, last = len(frame.opening), len(ids) - len(frame.closing)
+                writer.add(begin_image, TEXT_HEAD, weight, True)
+                writer.add(ids[: frame.spoken], TEXT_HEAD, weight, True)
+                writer.add(ids[frame.spoken : first], IMAGE_HEAD, weight, True)
+                writer.add(ids[first:last], IMAGE_HEAD, weight, False)
+                writer.add(ids[last:], IMAGE_HEAD, weight, True)
             case MaskPart(kind="image"):
                 if vocabulary.framed:
-                    raise DataError(FRAMED)
+                    raise DataError(NO_HOLES)
                 writer.add(control("begin_image"), TEXT_HEAD, weight, True)
                 writer.add(control("mask"), IMAGE_HEAD, weight, True)
                 writer.add(control("end_image"), IMAGE_HEAD, weight, True)
@@ -195,7 +202,7 @@ def parse(ids: list[int], vocabulary: Vocabulary, text: TextTokenizer) -> Docume
     """
     kinds = vocabulary.kinds()
     controls = vocabulary.controls
-    begin, end = controls.get("begin_image"), controls.get("end_image")
+    begin = controls.get("begin_image")
     start = vocabulary.image_span.start if vocabulary.image_span else 0
     parts: list[Part] = []
     role: Role = "document"
@@ -206,7 +213,7 @@ def parse(ids: list[int], vocabulary: Vocabulary, text: TextTokenizer) -> Docume
             parts.append(TextPart(text.decode(pending), role, 0.0 if role == "user" else 1.0))
             pending.clear()
 
-    at, length = 0, vocabulary.codes_per_image
+    at = 0
     while at < len(ids):
         token = ids[at]
         if (turn := _turn_at(ids, at, role, vocabulary)) is not None:
@@ -215,17 +222,21 @@ def parse(ids: list[int], vocabulary: Vocabulary, text: TextTokenizer) -> Docume
             continue
         if kinds[token] == IMAGE:
             raise DataError(f"token {at}: an image code outside an image; the stream breaks the grammar")
-        if token == begin and length:
+        if token == begin and vocabulary.codes_per_image:
             close_text()
-            codes = ids[at + 1 : at + 1 + length]
-            if (
-                len(codes) < length
-                or any(kinds[c] != IMAGE for c in codes)
-                or ids[at + 1 + length : at + 2 + length] != [end]
+            frame = frame_of(vocabulary, text, read_grid(ids, at + 1, vocabulary, text))
+            inside = ids[at + 1 : at + 1 + len(frame)]
+            if len(inside) < len(frame) or any(
+                (kinds[c] != IMAGE) if forced is None else (c != forced)
+                for c, forced in zip(inside, map(frame.forced, range(len(frame))), strict=False)
             ):
-                raise DataError(f"token {at}: an image that has not exactly {length} codes and a closing token")
-            parts.append(CodesPart(tuple(c - start for c in codes), role, 0.0 if role == "user" else 1.0))
-            at += length + 2
+                size = f" in rows of {frame.columns} with their ends" if vocabulary.framed else ""
+                raise DataError(
+                    f"token {at}: an image that has not exactly {frame.codes} codes{size} and a closing token"
+                )
+            codes = tuple(c - start for c in inside if kinds[c] == IMAGE)
+            parts.append(CodesPart(codes, role, 0.0 if role == "user" else 1.0, frame.grid))
+            at += len(frame) + 1
             continue
         if token in (controls.get("user"), controls.get("assistant")):
             close_text()

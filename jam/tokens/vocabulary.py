@@ -6,11 +6,13 @@ without a name is reserved.
 
 CM3Leon's ``<break>`` both opens and closes an image, so ``begin_image`` and ``end_image`` may be one id; Chameleon
 has two. ``unconditional`` stands for "no condition" where a model has a token for that alone (Liquid), ``end_turn``
-ends a speaker's turn (Chameleon); ``begin_codes``, ``end_row`` and ``end_frame`` belong to images that carry their size
-and row ends among the codes (Emu3, Lumina-mGPT).
+ends a speaker's turn (Chameleon); ``begin_codes``, ``end_row``, ``end_frame`` and ``size_N`` (N rows or columns) belong
+to images that carry their size and row ends among the codes (Emu3, Lumina-mGPT; ``jam.tokens.frame``).
 """
 
 import json
+import math
+import re
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -31,12 +33,14 @@ CONTROL_NAMES = (
     *("bos", "pad", "eos", "mask", "infill", "begin_image", "end_image", "user", "assistant"),
     *("unconditional", "end_turn", "begin_codes", "end_row", "end_frame"),
 )
+_SIZE = re.compile(r"size_([1-9][0-9]{0,4})")
 FORMAT = 1
 KEYS = ("format", "vocabulary", "image_tokenizer", "unconditional", "fusion", "sampling")
 SAMPLING_NAMES = (  # the fields of jam.decode.options.SamplingOptions, which loads torch; a test holds the two equal
     *("mode", "max_tokens", "max_images", "min_images", "stop", "seed"),
     *("text_temperature", "text_top_p", "text_top_k", "text_repetition_penalty"),
     *("image_temperature", "image_top_p", "image_top_k", "image_repetition_penalty", "image_beams"),
+    "image_size",
     *("guidance", "guidance_scale", "image_guidance_scale", "cd_alpha", "cd_k", "jacobi_window"),
 )
 
@@ -94,14 +98,14 @@ class Vocabulary:
         kinds = self.kinds()
         for name, index in self.controls.items():
             if (
-                name not in CONTROL_NAMES
+                (name not in CONTROL_NAMES and not _SIZE.fullmatch(name))
                 or type(index) is not int
                 or not 0 <= index < self.size
                 or kinds[index] != CONTROL
             ):
                 raise CheckpointError(
                     f"vocabulary: control {name}={index} is unknown or outside a control span; "
-                    f"names are {', '.join(CONTROL_NAMES)}, mend jam.json"
+                    f"names are {', '.join(CONTROL_NAMES)}, size_N, mend jam.json"
                 )
         if self.turns is not None and "eos" not in self.controls:
             raise CheckpointError("vocabulary: turns but no eos, which ends a reply; it is required, mend jam.json")
@@ -131,8 +135,20 @@ class Vocabulary:
 
     @property
     def framed(self) -> bool:
-        """Whether an image holds row ends (and its size) beside its codes, which jam cannot write or draw."""
+        """Whether an image has rows with ends, and may have any size (``jam.tokens.frame``)."""
         return "end_row" in self.controls
+
+    @property
+    def sizes(self) -> dict[int, int]:
+        """The ids that say how many rows or columns an image has, by that number."""
+        found = ((_SIZE.fullmatch(name), index) for name, index in self.controls.items())
+        return {int(named[1]): index for named, index in found if named}
+
+    @property
+    def within_image(self) -> tuple[int, ...]:
+        """Controls after which an image goes on, the opening one left out."""
+        names = ("begin_codes", "end_row", "end_frame")
+        return (*(self.controls[name] for name in names if name in self.controls), *self.sizes.values())
 
     def kinds(self) -> np.ndarray:
         """uint8 [size]: CONTROL, TEXT or IMAGE for every id."""
@@ -197,6 +213,12 @@ class Vocabulary:
             raise CheckpointError(
                 f"vocabulary: an image span without {' and '.join(sorted(missing))}; the controls around an image are "
                 "required, mend jam.json"
+            )
+        begin, end = (found.controls.get(name) for name in ("begin_image", "end_image"))
+        if images and found.framed and (begin == end or math.isqrt(codes) ** 2 != codes):
+            raise CheckpointError(
+                f"vocabulary: end_row, codes_per_image {codes}, begin_image {begin}, end_image {end}; images with row "
+                "ends need a square number and an end_image of its own, mend jam.json"
             )
         return found
 

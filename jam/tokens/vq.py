@@ -262,18 +262,22 @@ class VQModel(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Codes in raster order: [B, 3, S, S] -> [B, G*G]."""
+        """Codes in raster order: [B, 3, S, S] -> [B, G*G], or of any other multiple of a code's size."""
         z = self.latents(pixels)
         rows = z.permute(0, 2, 3, 1).reshape(-1, self.config.embed_dim)
         return self.quantize.nearest(rows).view(pixels.shape[0], -1)
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Pixels clipped to [-1, 1]: [B, G*G] -> [B, 3, S, S], or of the first R rows [B, R*G] -> [B, 3, R*S/G, S].
+    def decode(self, codes: Tensor, columns: int | None = None) -> Tensor:
+        """Pixels clipped to [-1, 1]: rows of ``columns`` codes, by default G, [B, R*C] -> [B, 3, R*S/G, C*S/G].
         Raises CheckpointError without a decoder."""
-        rows, grid = codes.shape[1] // self.config.grid, self.config.grid
-        z = self.quantize.embedding(codes).view(-1, rows, grid, self.config.embed_dim).permute(0, 3, 1, 2)
+        columns = columns or self.config.grid
+        rows = codes.shape[1] // columns
+        z = self.quantize.embedding(codes).view(-1, rows, columns, self.config.embed_dim).permute(0, 3, 1, 2)
         return self.decode_latents(z).clamp(-1, 1)
+
+    def grid_of(self, width: int, height: int) -> None:
+        """Rows and columns for a picture of that size: none, it was trained with squares alone."""
 
     def decode_latents(self, z: Tensor) -> Tensor:
         if self.decoder is None:

@@ -53,8 +53,8 @@ def written(bundle: Bundle, prompts: list[Document], options: SamplingOptions = 
 
 
 def own_replies(bundle: Bundle, prompts: list[Document], options: SamplingOptions) -> list[Reply]:
-    def encode(images: list) -> list[tuple[int, ...]]:
-        return [tuple(codes) for codes in bundle.image.encode(images).tolist()]
+    def encode(images: list) -> list[CodesPart]:
+        return [CodesPart(tuple(codes)) for codes in bundle.image.encode(images).tolist()]
 
     return replies(bundle, [prompt.with_codes(encode) for prompt in prompts], options)
 

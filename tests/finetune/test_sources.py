@@ -5,17 +5,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from finetune import sources
+from finetune.cm3 import caption_span, mask_spans
+from finetune.loss import TokenLoss
+from finetune.pack import Placed, collate
 from finetune.recipe import Source as SourceRecipe
 from finetune.sources import open_source, pieces
 from jam.document import CodesPart, TextPart
 from jam.errors import DataError
 from jam.models.load import Bundle, load_bundle
 from jam.tokens.image import open_image
-from jam.tokens.render import render
+from jam.tokens.render import parse, render
 from tests.tiny import CODES_PER_IMAGE, tiny_pair
+from tests.tiny_framed import framed_bundle
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +60,27 @@ def test_captions_and_conversations_become_documents_with_codes(tmp_path, bundle
     parts = chat.make(0, 0.0).parts
     assert [type(p) for p in parts] == [CodesPart, TextPart, TextPart]
     assert parts[0].codes == codes.codes and [p.loss for p in parts] == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["text", "tokens"])
+def test_images_with_sizes_are_learnt_as_squares(tmp_path, kind):
+    """Captions of a model whose images carry size and row ends: rendered, masked, packed, and a loss on every token."""
+    sized = framed_bundle(tmp_path / "model", kind, torch.float32)
+    rows = [{"image": picture(tmp_path / "a.png"), "caption": "a red thing"}]
+    captions = source("captions", write(tmp_path / "c.jsonl", rows), sized)
+    tokens = render(captions.make(0, 0.0), sized.vocabulary, sized.text)
+    drawn = parse(tokens.ids.tolist(), sized.vocabulary, sized.text).parts[-1]
+    assert drawn.grid == (2, 2) and drawn.codes == captions.make(0, 0.0).parts[-1].codes
+    whole = mask_spans(tokens, caption_span(tokens), sized.vocabulary)
+    assert len(whole) == len(tokens) + 2
+    batch = collate([[Placed(tokens, 0), Placed(whole, 3)]], [0], 2 * len(tokens) + 5, 1)
+    network = TokenLoss(sized, "restricted").train()
+    nats = network(batch)
+    learnt = (batch.labels >= 0) & (batch.weights > 0)
+    assert (nats[learnt] > 0).all() and torch.isfinite(nats).all()
+    nats.sum().backward()
+    row = sized.vocabulary.controls["end_row"]
+    assert sized.model.get_output_embeddings().weight.grad[row].abs().sum() > 0
 
 
 @pytest.mark.parametrize("kind", ["captions", "conversations"])

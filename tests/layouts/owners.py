@@ -74,9 +74,10 @@ def image_words(codes: int, seed: int) -> list[str]:
     return [f"IMGIMG{''.join('ABCDEFGHIJ'[int(digit)] for digit in str(code))}Z" for code in order]
 
 
-def chameleon_owner(folder: Path, seed: int = 7, **changes: object) -> Path:
-    """ChameleonForConditionalGeneration: 16 px pictures, 4 codes each."""
+def chameleon_owner(folder: Path, seed: int = 7, lumina: bool = False, **changes: object) -> Path:
+    """ChameleonForConditionalGeneration: 16 px pictures, 4 codes each; ``lumina``: with tokens for sizes up to 6."""
     controls = ["<eoss>", "<racm3:break>", "<reserved08706>", "<image>", "<reserved08799>"]
+    controls += [f"<reserved{8800 + number:05d}>" for number in range(4 * lumina)]  # the first stands for none
     first = ["<s>", "<pad>", "</s>", "<unk>", *image_words(CODES, 3), *controls]
     size = write_tokenizer(folder, first, ("<s>", "<pad>", "</s>", "<unk>"))
     network = {

@@ -188,13 +188,13 @@ def test_an_image_tokenizer_of_another_model_is_refused(owner: Path, tmp_path: P
         run_merge(recipe.model_copy(update={"image_tokenizer": owner}))
 
 
-def test_lumina_is_read_and_its_images_are_not_drawn(copied: Path):
+def test_lumina_is_known_by_its_flag(copied: Path):
     edit_json(copied / "config.json", {"mask_image_logits": False})
     model = open_model(copied)
     assert model.layout == "Lumina-mGPT" and model.jam.vocabulary.controls["end_row"] == 24
     drawing = {"image_temperature": 1.0, "image_top_p": 1.0, "image_top_k": 2000, "guidance_scale": 3.0}
     assert model.jam.sampling == {"text_temperature": 1.0, "text_top_p": 1.0, "text_top_k": 10} | drawing
-    assert model.jam.vocabulary.framed and "cannot draw" in model.notes[0]
+    assert model.jam.vocabulary.framed and "--image-size" in model.notes[0]
 
 
 def test_a_folder_with_its_own_file_is_taken_as_it_is(copied: Path):

@@ -13,14 +13,14 @@ from jam.checkpoint import WEIGHTS
 from jam.decode.job import prepare
 from jam.decode.options import SamplingOptions, default_options
 from jam.document import Document, TextPart
-from jam.errors import CheckpointError, DataError, GenerationError, MergeError
+from jam.errors import CheckpointError, GenerationError, MergeError
 from jam.inspect import describe_folder
 from jam.layouts import open_model
 from jam.models.families import check_tensors, family_of
 from jam.models.heads import next_heads
 from jam.models.load import load_bundle
 from jam.tokens.render import IMAGE_HEAD, render
-from jam.tokens.vocabulary import JamFile, Span, Vocabulary
+from jam.tokens.vocabulary import JamFile, Span
 from merge.recipe import MergeRecipe
 from merge.run import run_merge
 from merge.union import owned
@@ -151,7 +151,8 @@ def test_step_zero_keeps_the_owners_codes_and_the_llms_text(owner: Owned, llm: P
     drawing = heads == IMAGE_HEAD
     own = raw_logits(name, folder, ids)[drawing][:, list(number)].log_softmax(-1)
     drawn = both.logits(shown, heads)[0][drawing][:, list(number.values())].log_softmax(-1)
-    assert drawing.sum() == 12 and own.std() > 0.1 and (own - drawn).abs().max() < 1e-6
+    # Emu3's images open with a size in text, and these do not go so far: the text head speaks there
+    assert drawing.sum() == (10 if name == "Emu3" else 12) and own.std() > 0.1 and (own - drawn).abs().max() < 1e-6
 
 
 def test_the_report_has_a_fate_for_every_tensor_and_the_owners_notes(owner: Owned, fused: Path):
@@ -196,7 +197,7 @@ def test_liquid_averages_with_the_gemma_that_it_grew_from(tmp_path: Path):
     assert torch.equal(merged[controls["unconditional"]], theirs[5]) and controls["unconditional"] >= size
 
 
-def test_emu3_keeps_its_rows_and_draws_nothing(llm: Path, tmp_path: Path):
+def test_emu3_keeps_the_rows_and_the_network_of_its_images(llm: Path, tmp_path: Path):
     owner = emu3_owner(tmp_path / "owner")
     run_merge(MergeRecipe(method="cross", text=llm, image=owner, out=tmp_path / "out", dtype="float32"))
     bundle = load_bundle(tmp_path / "out")
@@ -205,10 +206,9 @@ def test_emu3_keeps_its_rows_and_draws_nothing(llm: Path, tmp_path: Path):
     for control in ("begin_codes", "end_row", "end_frame"):
         theirs = open_model(owner).jam.vocabulary.controls[control]
         assert torch.equal(table[bundle.vocabulary.controls[control]], stored[theirs])
-    assert bundle.image is None
-    with pytest.raises(DataError, match="hold their size and row ends"):
-        render(tiny_document(), Vocabulary(bundle.vocabulary.spans, bundle.vocabulary.controls, 4), bundle.text)
-    with pytest.raises(GenerationError, match="an image is asked for; this model's images hold their size"):
+    assert bundle.image.resolution == 720 and bundle.vocabulary.codes_per_image == 360**2
+    size = 360 * 361 + len(bundle.text.encode("360*360")) + 4
+    with pytest.raises(GenerationError, match=f"context 256; the reply needs room for {size + 1} more"):
         prepare(bundle, [Document((TextPart("a cat"),))], SamplingOptions(mode="image"))
     prepare(bundle, [Document((TextPart("a cat"),))], SamplingOptions(max_tokens=8))
     network = Emu3VQVAE.from_pretrained(tmp_path / "out/image_tokenizer")

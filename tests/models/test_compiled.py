@@ -14,6 +14,7 @@ from jam.document import CodesPart, Document, TextPart
 from jam.models.compiled import SLOTS
 from jam.models.load import Bundle
 from tests.decode.bundles import cross_bundle, plain_bundle
+from tests.tiny_framed import framed_bundle
 
 PROMPTS = [
     Document((TextPart("draw a cat", "user"),)),
@@ -44,6 +45,15 @@ def test_every_build_is_naive(tmp_path: Path, family: str) -> None:
     bundle = made(tmp_path, family, "eager")
     fast = by_row(list(generate(bundle, PROMPTS, OPTIONS)))
     assert fast == by_row(list(generate_naive(bundle, PROMPTS, OPTIONS)))
+
+
+def test_images_with_sizes_are_naive(tmp_path: Path) -> None:
+    """What is forced goes through the same steps as codes, row by row."""
+    bundle = framed_bundle(tmp_path, "text")
+    bundle.backend = "eager"
+    each = [replace(OPTIONS, max_tokens=60, image_size=size) for size in ("6x4", "4x8")]
+    fast = by_row(list(generate(bundle, PROMPTS[:1] * 2, each)))
+    assert fast == by_row(list(generate_naive(bundle, PROMPTS[:1] * 2, each)))
 
 
 def test_inductor_is_naive(tmp_path: Path) -> None:

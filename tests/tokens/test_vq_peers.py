@@ -13,7 +13,7 @@ from transformers import ChameleonVQVAEConfig, Emu3VQVAE, Emu3VQVAEConfig, Janus
 from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
 from transformers.models.janus.modeling_janus import JanusVQVAEDecoder
 
-from jam.errors import CheckpointError
+from jam.errors import CheckpointError, DataError
 from jam.tokens.image import ImageTokenizer
 from jam.tokens.vq import VQModel
 from jam.tokens.vq_config import VQConfig, chameleon_config, muse_config, own_name, taming_config
@@ -195,11 +195,32 @@ def test_emu3s_tokenizer_at_a_fixed_size(emu3: tuple[Path, Emu3VQVAE]):
     assert np.abs(pictures.transpose(0, 3, 1, 2) / 127.5 - 1 - drawn.numpy()).max() < 1 / 127
 
 
+def test_emu3s_tokenizer_at_other_sizes(emu3: tuple[Path, Emu3VQVAE]):
+    """Fields of view reach over the border of a row: an image of several rows is not one row after another."""
+    folder, peer = emu3
+    tokenizer = ImageTokenizer.load(folder)
+    codes = np.random.default_rng(1).integers(0, 20, (1, 5 * 3))
+    with torch.no_grad():
+        wanted = peer.decode(torch.from_numpy(codes).view(1, 5, 3)).clamp(-1, 1)[0]
+    (image,) = tokenizer.decode(codes, (5, 3))
+    assert image.size == (6, 10)
+    assert np.abs(np.asarray(image).transpose(2, 0, 1) / 127.5 - 1 - wanted.numpy()).max() < 1 / 127
+    assert tokenizer.preview(codes[0], (5, 3)).tobytes() == image.tobytes()
+    half = np.asarray(tokenizer.preview(codes[0, :7], (5, 3)))
+    assert half.shape == (10, 6, 3) and (half[4:] == 128).all() and not (half[:4] == 128).all()
+    with pytest.raises(DataError, match=r"codes of shape \(1, 15\); \[batch, 12\]"):
+        tokenizer.decode(codes, (4, 3))
+    with pytest.raises(DataError, match=r"an image of 500 x 2 px: absolute aspect ratio .*; crop it"):
+        tokenizer.network.grid_of(500, 2)
+
+
 def test_emu3s_tokenizer_refuses_what_does_not_fit(emu3: tuple[Path, Emu3VQVAE]):
     folder, peer = emu3
     raw = json.loads((folder / "config.json").read_text())
     for change, message in (
         ({"resolution": 15}, "resolution is 15; a multiple of 2"),
+        ({"min_pixels": 3}, "min_pixels and max_pixels are 3 and 1048576; whole numbers in order, from 4 on"),
+        ({"max_pixels": "4"}, "min_pixels and max_pixels are 262144 and '4'"),
         ({"codebook_size": 21}, "not one image tokenizer .*size mismatch"),
         ({"codebook_size": "x"}, "not one image tokenizer"),
         ({"model_type": "vae"}, "model_type is 'vae', not 'vqgan' or 'emu3_vqgan'"),
