@@ -90,9 +90,8 @@ def main() -> None:
                 nats[window].append(sum_nats(bundle, [item]) / item.size)
     images = seeds * len(prompts)
     print(f"{images} images of {bundle.vocabulary.codes_per_image} codes\n")
-    print(
-        "| window | forwards an image | s an image | one by one over it | nats a code | apart |\n|---|---|---|---|---|---|"
-    )
+    print("| window | forwards an image | s an image | one by one over it | nats a code | apart |")
+    print("|---|---|---|---|---|---|")
     for window in windows:
         mean, spread = statistics.mean(nats[window]), statistics.variance(nats[window])
         error = math.sqrt((spread + statistics.variance(nats[1])) / images)

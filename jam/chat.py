@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from jam.decode.engine import generate
-from jam.decode.job import context_length, encode_images, rules_of
+from jam.decode.job import budget, context_length, encode_images, rules_of
 from jam.decode.options import SamplingOptions, default_options
 from jam.decode.stream import Event, ImageDone, ImageProgress, ImageStart, ReplyStream, Stop, TextDelta
 from jam.document import CodesPart, Document, Part, TextPart, user_turn
@@ -109,8 +109,8 @@ class Chat:
         """Drops the oldest turns until the token budget, or half the context if that is less, is left to reply."""
         context = context_length(self.bundle)
         options = self.options
-        least = rules_of(self.bundle, options).needed_tokens
-        wanted = max(min(options.max_tokens, context // 2), least)
+        rules = rules_of(self.bundle, options)
+        wanted = max(min(budget(rules, options), context // 2), rules.needed_tokens)
         dropped = 0
         while self.turns and self._tokens(said) + wanted > context:
             self.turns.pop(0)

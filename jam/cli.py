@@ -96,6 +96,9 @@ Overrides = Annotated[
 ]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
 ModelFolder = Annotated[Path | None, typer.Argument(metavar="PATH", help="A model folder; default: the shipped one.")]
+JacobiWindow = Annotated[
+    int | None, typer.Option(min=1, help="Codes of an image guessed ahead and scored at once; 1 is off.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: CUDA where there is one.")]
 Dtype = Annotated[
     Numbers, typer.Option("--dtype", help="Numbers of the weights; auto: bfloat16 on CUDA, float32 on a CPU.")
@@ -244,6 +247,7 @@ def chat(
     guidance: GuidanceWay = None,
     guidance_scale: GuidanceScale = None,
     image_guidance_scale: ImageGuidanceScale = None,
+    jacobi_window: JacobiWindow = None,
     device: Device = "auto",
     dtype: Dtype = Numbers.auto,
     compiled: Compile = False,
@@ -275,6 +279,7 @@ def chat(
         guidance=None if guidance is None else guidance.value,
         guidance_scale=guidance_scale,
         image_guidance_scale=image_guidance_scale,
+        jacobi_window=jacobi_window,
     )
 
 
@@ -323,6 +328,7 @@ def generate(
     guidance: GuidanceWay = None,
     guidance_scale: GuidanceScale = None,
     image_guidance_scale: ImageGuidanceScale = None,
+    jacobi_window: JacobiWindow = None,
     device: Device = "auto",
     dtype: Dtype = Numbers.auto,
     compiled: Compile = False,
@@ -356,6 +362,7 @@ def generate(
         guidance=None if guidance is None else guidance.value,
         guidance_scale=guidance_scale,
         image_guidance_scale=image_guidance_scale,
+        jacobi_window=jacobi_window,
     )
 
 

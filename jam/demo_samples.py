@@ -85,7 +85,7 @@ def answers(bundle: Bundle, prompts: list[Document], options: SamplingOptions, a
     for step in generate(bundle, prompts, options):
         stream.push(step)
         reached = max(reached, step.position + 1)  # an image that is searched for comes all at once
-        advance(min(1.0, reached / options.max_tokens))
+        advance(min(1.0, reached / (options.max_tokens or reached)))
     return [stream.reply(index) for index in range(len(prompts))]
 
 

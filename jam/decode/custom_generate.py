@@ -63,10 +63,11 @@ def custom_generate(
                 )
         if streamer is not None and len(prompts) > 1:
             raise GenerationError(f"a streamer takes one prompt, there are {len(prompts)}; leave it out")
-        room = chosen.max_tokens
+        bound = chosen
         if generation_config is not None and generation_config.max_length is not None:
-            room = min(room, generation_config.max_length - input_ids.shape[1])
-        job = prepare_ids(own, prompts, [replace(chosen, max_tokens=max(1, room))] * len(prompts))
+            most = max(1, generation_config.max_length - input_ids.shape[1])
+            bound = replace(chosen, max_tokens=most if chosen.max_tokens is None else min(most, chosen.max_tokens))
+        job = prepare_ids(own, prompts, [bound] * len(prompts))
         if streamer is not None:
             streamer.put(input_ids)
         for step in run_job(own, job):

@@ -25,6 +25,8 @@ from jam.tokens.render import IMAGE_HEAD, NO_HOLES, render
 from jam.tokens.text import TextStream, TextTokenizer
 from jam.tokens.vocabulary import Vocabulary
 
+TEXT_TOKENS = 400  # of a reply whose length nobody says
+MANY_IMAGES = 4  # in such a reply, where their number is left to the model
 Options = SamplingOptions | Sequence[SamplingOptions] | None
 
 
@@ -210,6 +212,14 @@ def prepare(
     return prepare_ids(bundle, rendered, each, streams)
 
 
+def budget(rules: Rules, options: SamplingOptions) -> int:
+    """Tokens that a reply may have, the context aside."""
+    if options.max_tokens is not None:
+        return options.max_tokens
+    images = min(rules.most_images, MANY_IMAGES) if rules.may_draw else 0
+    return TEXT_TOKENS + int(images) * rules.image_tokens
+
+
 def prepare_ids(
     bundle: Bundle,
     prompts: Sequence[list[int]],
@@ -233,12 +243,13 @@ def prepare_ids(
                 f"{where}the prompt has {len(tokens)} tokens and the model's context {context}; the reply needs room "
                 f"for {rules.needed_tokens} more; shorten the prompt or leave turns out"
             )
-        if own.max_tokens < rules.needed_tokens:
+        most = budget(rules, own)
+        if most < rules.needed_tokens:
             raise GenerationError(
-                f"max_tokens is {own.max_tokens}; a reply with {rules.needed_images} images needs "
+                f"max_tokens is {most}; a reply with {rules.needed_images} images needs "
                 f"{rules.needed_tokens} ({rules.image_tokens} an image and 1 to end); raise max_tokens"
             )
-        rows.append(Row(rules, min(left, own.max_tokens)))
+        rows.append(Row(rules, min(left, most)))
     _check_guessing(bundle, options)
     numbers = list(range(len(rows)) if streams is None else streams)
     job = Job(list(options), list(prompts), rows, numbers, tokenizer=bundle.text)

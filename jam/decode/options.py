@@ -27,7 +27,8 @@ _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How to reply. ``max_tokens`` counts every token of the reply, image codes and controls included.
+    """How to reply. ``max_tokens`` counts every token of the reply, image codes and controls included; None is 400 and
+    room for ``max_images`` images, four in mode ``free``.
 
     Mode ``image`` makes at least one image and no text; ``free`` leaves the number of images to the model. A reply ends
     before a string of ``stop`` in its text, once the images that it owes are made. ``image_beams`` above 1 searches for
@@ -49,7 +50,7 @@ class SamplingOptions:
     """
 
     mode: Mode = "interleaved"
-    max_tokens: int = 400
+    max_tokens: int | None = None
     max_images: int = 4
     min_images: int = 0
     stop: tuple[str, ...] = ()
@@ -130,7 +131,7 @@ class SamplingOptions:
         )
         words = len(self.stop) <= 64 and all(isinstance(word, str) and word for word in self.stop)
         _check("stop", self.stop, words, "at most 64 strings that are not empty")
-        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
+        _check("max_tokens", self.max_tokens, self.max_tokens is None or self.max_tokens >= 1, "at least 1")
         _check("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}")
 
     @property

@@ -27,7 +27,7 @@ from transformers import AnyToAnyPipeline, BatchFeature, GenerationConfig, PreTr
 from transformers.generation.streamers import BaseStreamer
 
 from jam.decode.custom_generate import custom_generate
-from jam.decode.job import encode_images, rules_of
+from jam.decode.job import TEXT_TOKENS, encode_images, rules_of
 from jam.decode.options import SamplingOptions, default_options
 from jam.document import Document, TextPart, from_messages, user_turn
 from jam.errors import DataError, GenerationError
@@ -64,7 +64,7 @@ class AnyToAnyModel:
     def __init__(self, bundle: Bundle, options: SamplingOptions | None = None):
         self.bundle, self.options = bundle, options
         # the pipeline would ask for 256 tokens where this said nothing
-        self.generation_config = GenerationConfig(max_new_tokens=self._options({}).max_tokens)
+        self.generation_config = GenerationConfig(max_new_tokens=self._options({}).max_tokens or TEXT_TOKENS)
 
     @property
     def config(self) -> PreTrainedConfig:

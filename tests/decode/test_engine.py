@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from jam.decode.engine import generate
-from jam.decode.grammar import Kind
-from jam.decode.job import encode_images
+from jam.decode.grammar import Kind, Rules
+from jam.decode.job import budget, encode_images
 from jam.decode.options import SamplingOptions, default_options
 from jam.document import Document, ImagePart, TextPart
 from jam.errors import DataError, GenerationError
@@ -155,3 +155,14 @@ def test_a_model_brings_its_own_defaults_and_what_is_said_wins(bundle: Bundle) -
 def test_defaults_that_are_none_are_refused(bundle: Bundle, sampling: dict) -> None:
     with pytest.raises(GenerationError, match=r"jam\.json's sampling"):
         default_options(replace(bundle, sampling=sampling))
+
+
+def test_a_reply_has_room_for_its_images_by_default(bundle: Bundle) -> None:
+    """An image of thousands of codes would never fit a number that suits text."""
+    rules = Rules(bundle.vocabulary)
+    assert budget(rules, SamplingOptions()) == 400 + 4 * (CODES_PER_IMAGE + 2)
+    assert budget(replace(rules, max_images=0), SamplingOptions(max_images=0)) == 400
+    assert budget(replace(rules, mode="text"), SamplingOptions(mode="text")) == 400
+    free = replace(rules, mode="free")
+    assert budget(free, SamplingOptions(mode="free")) == 400 + 4 * (CODES_PER_IMAGE + 2)
+    assert budget(rules, SamplingOptions(max_tokens=7)) == 7
