@@ -1,7 +1,7 @@
 """The order of training data, as arithmetic: (seed, number of the sequence) -> sequence.
 
 Stages: sequence number t -> block and slot -> source, by exact quotas -> the source's n-th packed sequence -> epoch and
-window -> documents in the order of a keyed permutation -> CM3 -> noise on codes -> best-fit packing inside the window.
+window -> documents in the order of a keyed bijection -> CM3 -> noise on codes -> best-fit packing inside the window.
 Nothing is drawn from a stream, so the resume state is one integer, whatever the number of workers or ranks.
 
 Walking to a far sequence packs the windows before it again (about 0.1 ms a document); nothing is stored.
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from finetune.bijection import bijection
 from finetune.cm3 import transform
 from finetune.pack import Placed, Sequence, best_fit, noisy_codes
 from finetune.recipe import FinetuneRecipe
@@ -18,6 +19,7 @@ from finetune.sources import Source, keyed, pieces
 from jam.errors import DataError
 from jam.models.load import Bundle
 
+ORDER = "feistel"  # what a checkpoint says of the order that its step counts in
 BLOCK = 100  # sequences over which the shares of the mix are exact
 WINDOW = 1024  # documents packed together
 
@@ -54,9 +56,9 @@ class PackedSource:
     def _documents(self, window: int) -> list[Placed]:
         epoch, part = divmod(window, self._windows_per_epoch())
         recipe, seed = self.recipe, self.recipe.data.seed
-        order = keyed(seed, self.number, epoch).permutation(self.source.size)
+        places = np.arange(part * WINDOW, min((part + 1) * WINDOW, self.source.size))
         placed = []
-        for index in order[part * WINDOW : (part + 1) * WINDOW].tolist():
+        for index in bijection(places, self.source.size, seed, self.number, epoch).tolist():
             generator = keyed(seed, self.number, epoch, index)
             for tokens in pieces(self.source, self.bundle, index, generator.random(), recipe.data.seq_len):
                 if self.source.conditioned:

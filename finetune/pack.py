@@ -4,6 +4,7 @@ Documents in one sequence are isolated: attention is allowed inside a document o
 own, from a start offset. No document is ever split here.
 """
 
+from bisect import bisect_left, insort
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -58,16 +59,14 @@ def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
     [[0, 3], [2, 1]]
     """
     bins: list[list[int]] = []
-    room: list[int] = []
+    room: list[tuple[int, int]] = []  # what is left in a bin, and which; in order
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fitting = [b for b in range(len(bins)) if room[b] >= lengths[index]]
-        if fitting:
-            chosen = min(fitting, key=lambda b: (room[b], b))
-            bins[chosen].append(index)
-            room[chosen] -= lengths[index]
-        else:
-            bins.append([index])
-            room.append(capacity - lengths[index])
+        at = bisect_left(room, (lengths[index], -1))
+        left, chosen = room.pop(at) if at < len(room) else (capacity, len(bins))
+        if chosen == len(bins):
+            bins.append([])
+        bins[chosen].append(index)
+        insort(room, (left - lengths[index], chosen))
     return bins
 
 

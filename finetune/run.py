@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from finetune import checkpoint
 from finetune.loop import StepReport, Trainer
-from finetune.order import PackedSource, Plan
+from finetune.order import ORDER, PackedSource, Plan
 from finetune.recipe import FinetuneRecipe
 from finetune.sources import open_source
 from jam.errors import RunError
@@ -101,7 +101,8 @@ def stop_signals() -> Iterator[Callable[[], int]]:
 
 
 def fixed_settings(recipe: FinetuneRecipe) -> dict:
-    return {key: value for key, value in recipe.model_dump(mode="json").items() if key in FIXED}
+    """What a checkpoint is made under; the order of the data is not for a recipe to say, and fixed as well."""
+    return {key: value for key, value in recipe.model_dump(mode="json").items() if key in FIXED} | {"order": ORDER}
 
 
 def _differences(old: object, new: object, at: str = "") -> list[str]:
@@ -113,9 +114,11 @@ def _differences(old: object, new: object, at: str = "") -> list[str]:
 
 def changed_settings(recorded: dict, recipe: FinetuneRecipe) -> list[str]:
     """``name: was a, is b`` of every setting that differs; one that is newer than the record had its default."""
+    order = recorded.get("order", "shuffled")  # before it was recorded
+    recorded = {key: value for key, value in recorded.items() if key != "order"}
     with suppress(ValidationError):  # a setting that is gone: it is named as it stands
         recorded = fixed_settings(FinetuneRecipe.model_validate(recipe.model_dump() | recorded))
-    return _differences(recorded, fixed_settings(recipe))
+    return _differences(recorded | {"order": order}, fixed_settings(recipe))
 
 
 def total_steps(recipe: FinetuneRecipe) -> int:
