@@ -4,7 +4,6 @@ Documents in one sequence are isolated: attention is allowed inside a document o
 own, from a start offset. No document is ever split here.
 """
 
-from bisect import bisect_left, insort
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -53,21 +52,38 @@ def noisy_codes(
 
 
 def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Indices grouped into bins: longest first, each into the fullest bin that holds it.
+    """Indices grouped into bins, each as full as the rest allows: the longest that is left, and those that fill its bin
+    best.
 
-    >>> best_fit([5, 3, 4, 2], 7)
-    [[0, 3], [2, 1]]
+    Best fit one after another cannot tell that six long and six short captions fill a sequence where eleven long ones
+    leave room that no twelfth fits.
+
+    >>> best_fit([5, 3, 4, 4, 2], 9)
+    [[0, 2], [3, 1, 4]]
     """
-    bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # what is left in a bin, and which; in order
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        at = bisect_left(room, (lengths[index], -1))
-        left, chosen = room.pop(at) if at < len(room) else (capacity, len(bins))
-        if chosen == len(bins):
-            bins.append([])
-        bins[chosen].append(index)
-        insort(room, (left - lengths[index], chosen))
+    left, bins = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)), []
+    while left:
+        chosen = _fullest([lengths[index] for index in left[1:]], capacity - lengths[left[0]])
+        bins.append([left[0], *(left[1 + place] for place in chosen)])
+        taken = {0, *(1 + place for place in chosen)}
+        left = [index for place, index in enumerate(left) if place not in taken]
     return bins
+
+
+def _fullest(lengths: list[int], room: int) -> list[int]:
+    """Places of the items whose sum comes nearest to ``room`` from below, the first ones where several do. Bit n of a
+    number says whether some of the items so far have the sum n (the subset sum problem, by Bellman's recursion)."""
+    reached, below = [1], (1 << (room + 1)) - 1
+    for length in lengths:
+        reached.append((reached[-1] | reached[-1] << length) & below)
+        if reached[-1] >> room:
+            break
+    total, chosen = reached[-1].bit_length() - 1, []
+    for place in range(len(reached) - 2, -1, -1):
+        if not reached[place] >> total & 1:
+            chosen.append(place)
+            total -= lengths[place]
+    return chosen[::-1]
 
 
 @dataclass(frozen=True)
