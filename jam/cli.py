@@ -97,7 +97,8 @@ Overrides = Annotated[
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
 ModelFolder = Annotated[Path | None, typer.Argument(metavar="PATH", help="A model folder; default: the shipped one.")]
 JacobiWindow = Annotated[
-    int | None, typer.Option(min=1, help="Codes of an image guessed ahead and scored at once; 1 is off.")
+    int | None,
+    typer.Option(min=1, help="Codes of an image guessed ahead: another image, sooner; 1 is off."),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: CUDA where there is one.")]
 Dtype = Annotated[
@@ -295,7 +296,7 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder for out.json and the images.")],
     path: ModelFolder = None,
     image: Annotated[list[Path] | None, typer.Option(help="An image that precedes the text; may be repeated.")] = None,
-    mode: Annotated[Mode, typer.Option(help="What the reply may hold.")] = Mode.interleaved,
+    mode: Annotated[Mode | None, typer.Option(help="What the reply may hold; default: interleaved.")] = None,
     max_images: Annotated[int | None, typer.Option(min=0, help="Most images in the reply.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Most tokens in the reply, image codes included.")
@@ -346,7 +347,7 @@ def generate(
         candidates=candidates,
         rank=None if rank is None else rank.value,
         clip=clip,
-        mode=mode.value,
+        mode=None if mode is None else mode.value,
         stop=None if stop is None else tuple(stop),
         max_images=max_images,
         max_tokens=max_tokens,

@@ -51,8 +51,8 @@ def run_generate(
             ``<mask>`` makes it a plain document, which the reply fills there: with an image in mode ``image``, else
             with text.
         out: a new or empty folder.
-        candidates: images to draw in one batch and rank (``jam.decode.candidates``), in mode ``image`` whatever
-            ``options`` say; their entries, best first, have ``score`` and ``guidance`` too, and stand alone.
+        candidates: images to draw in one batch and rank (``jam.decode.candidates``), in mode ``image``; their entries,
+            best first, have ``score`` and ``guidance`` too, and stand alone.
         rank: how the model ranks them; by likelihood if nothing is said.
         clip: a CLIP's folder (``jam.evaluate.clip``), which ranks them instead by the words of the prompt.
         running: where the model runs, and in which numbers.
@@ -67,6 +67,10 @@ def run_generate(
     out = Path(os.path.abspath(out))
     check_output(out)
     if candidates is not None:
+        if options.get("mode") not in (None, "image"):
+            raise GenerationError(
+                f"mode is {options['mode']} and candidates is {candidates}; these are images, leave one out"
+            )
         options |= {"mode": "image", "max_images": 1}
     elif clip is not None:
         raise GenerationError("a CLIP is given and no number of candidates for it to rank; say how many to draw")

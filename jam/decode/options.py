@@ -155,7 +155,8 @@ def default_options(bundle: Bundle, **said: float | str | None) -> SamplingOptio
     """The model's own defaults (``sampling`` in its jam.json) under what is said; None is not said.
 
     A default gives way to what is said where the two exclude each other: an image temperature turns the search off,
-    beams turn chance and the penalty of images off, cd_k or a guidance scale of 1 the guidance by images apart.
+    beams turn chance and the penalty of images off, cd_k or a guidance scale of 1 the guidance by images apart, a
+    ``jacobi_window`` beams (and then draws by chance) and the penalty of images.
 
     Raises:
         GenerationError: a value out of its range, or a default that is no option.
@@ -169,6 +170,11 @@ def default_options(bundle: Bundle, **said: float | str | None) -> SamplingOptio
             f"{bundle.path}: jam.json's sampling {bundle.sampling} does not hold ({error}); names are {known}, mend it"
         ) from None
     defaults = dict(bundle.sampling)
+    if said.get("jacobi_window", 1) > 1:
+        if "image_beams" not in said and defaults.pop("image_beams", 1) > 1:
+            defaults.pop("image_temperature", None)
+        if "image_repetition_penalty" not in said:
+            defaults.pop("image_repetition_penalty", None)
     if "image_temperature" in said and "image_beams" not in said:
         defaults.pop("image_beams", None)
     elif said.get("image_beams", 1) > 1 and "image_temperature" not in said:

@@ -9,7 +9,7 @@ import torch
 from jam.decode.engine import generate
 from jam.decode.grammar import Kind
 from jam.decode.jacobi import Guesses, judge
-from jam.decode.options import SamplingOptions
+from jam.decode.options import SamplingOptions, default_options
 from jam.document import Document, TextPart
 from jam.errors import GenerationError
 from jam.models.load import Bundle
@@ -122,3 +122,11 @@ def test_two_replies_and_compiled_steps_are_refused(bundle: Bundle) -> None:
         generate(bundle, PROMPT * 2, options)
     with pytest.raises(GenerationError, match="compiled for one token at a time"):
         generate(replace(bundle, backend="eager"), PROMPT, options)
+
+
+def test_a_window_turns_a_models_own_beams_off(bundle: Bundle) -> None:
+    own = replace(bundle, sampling={"image_beams": 4, "image_temperature": 0.0})
+    chosen = default_options(own, jacobi_window=8)
+    assert (chosen.image_beams, chosen.image_temperature) == (1, 1.0)
+    greedy = default_options(own, jacobi_window=8, image_temperature=0.0)
+    assert (greedy.image_beams, greedy.image_temperature) == (1, 0.0)

@@ -104,6 +104,14 @@ def test_generate_compiled_says_the_same(fused: Path, tmp_path: Path) -> None:
     assert one == other
 
 
+def test_candidates_are_images(fused: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--candidates", "4", "--mode", "text", "--out", str(tmp_path / "reply")]
+    assert main(["generate", str(fused), "--prompt", "draw a cat", *more]) == 2
+    error = capsys.readouterr().err
+    assert "mode is text and candidates is 4" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_generate_stops_before_a_string_and_takes_every_setting(fused: Path, tmp_path: Path) -> None:
     settings = ["--mode", "free", "--guidance", "cd_k", "--image-top-k", "5", "--repetition-penalty", "1.2"]
     every = [flag for letter in "abcdefghijklmnopqrstuvwxyz " for flag in ("--stop", letter)]
