@@ -238,10 +238,6 @@ class AnyToAnyProcessor:
             return message | {"content": [numbered(block) for block in message["content"]]}
 
         document = from_messages([plain(message) for message in messages], lambda at: _opened(images[int(at)]))
-        try:
-            "".join(part.text for part in document.parts if isinstance(part, TextPart)).encode()
-        except UnicodeEncodeError:
-            raise GenerationError("the messages hold what is not UTF-8; give text in UTF-8") from None
         goes_on = document.parts[-1].role == "assistant"
         if goes_on != continue_final_message or add_generation_prompt == continue_final_message:
             raise GenerationError(
