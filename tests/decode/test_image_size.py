@@ -78,6 +78,20 @@ def test_text_alone_needs_no_room_for_an_image(bundle: Bundle) -> None:
     assert all(step.kind.value in ("text", "eos") for step in generate(bundle, [PROMPT], wide))
 
 
+def test_text_in_a_hole_needs_no_size(bundle: Bundle) -> None:
+    """A size that the model does not make, in a reply without images: all of the decoder agrees."""
+    options = SamplingOptions(image_size="5x5", max_tokens=9)
+    (reply,) = replies(bundle, [Document((TextPart("a"), MaskPart("text")))], options)
+    assert all(isinstance(part, TextPart) for part in reply.document.parts)
+
+
+@pytest.mark.parametrize("grid", [(0, 0), (0, 2), (-2, 2), (2.0, 2.0)])
+def test_grids_that_are_none_are_refused(bundle: Bundle, tokens: Bundle, plain: Bundle, grid: tuple) -> None:
+    for own in (bundle, tokens, plain):
+        with pytest.raises(DataError, match="two whole numbers from 1"):
+            generate(own, [Document((CodesPart((1,) * 4, grid=grid),))])
+
+
 def test_events_count_codes_and_previews_have_the_shape(bundle: Bundle) -> None:
     """Five rows of three codes, 2 px each: sizes and row ends are no codes."""
     seen = list(events(bundle, [PROMPT], IMAGE, preview_rows=2))
