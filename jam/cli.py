@@ -295,7 +295,7 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder for out.json and the images.")],
     path: ModelFolder = None,
     image: Annotated[list[Path] | None, typer.Option(help="An image that precedes the text; may be repeated.")] = None,
-    mode: Annotated[Mode, typer.Option(help="What the reply may hold.")] = Mode.interleaved,
+    mode: Annotated[Mode | None, typer.Option(help="What the reply may hold; default: text and images.")] = None,
     max_images: Annotated[int | None, typer.Option(min=0, help="Most images in the reply.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Most tokens in the reply, image codes included.")
@@ -346,7 +346,7 @@ def generate(
         candidates=candidates,
         rank=None if rank is None else rank.value,
         clip=clip,
-        mode=mode.value,
+        mode=None if mode is None else mode.value,
         stop=None if stop is None else tuple(stop),
         max_images=max_images,
         max_tokens=max_tokens,
