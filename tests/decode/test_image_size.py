@@ -12,8 +12,9 @@ from jam.decode.options import SamplingOptions
 from jam.decode.pipeline import any_to_any
 from jam.decode.stream import ImageDone, ImageProgress, events, filled, replies
 from jam.document import CodesPart, Document, MaskPart, TextPart
-from jam.errors import DataError, GenerationError
+from jam.errors import DataError, GenerationError, JamError
 from jam.models.load import Bundle
+from jam.tokens.frame import frame_of
 from jam.tokens.render import parse, render
 from tests.decode.bundles import plain_bundle
 from tests.tiny_framed import framed_bundle
@@ -137,6 +138,21 @@ def test_transformers_pipeline_makes_them_pixels(bundle: Bundle) -> None:
     said = {"image_size": "6x10", "guidance_scale": 1.0, "seed": 3}
     (found,) = pipe(text="a cat", generation_mode="image", generate_kwargs=said)
     assert found["generated_image"].size == (6, 10)
+
+
+def test_the_pipeline_refuses_sizes_in_one_tensor_and_images_that_are_cut(bundle: Bundle) -> None:
+    """2 rows of 5 codes and 3 of 3 are as many tokens."""
+    model = any_to_any(bundle).model
+    frames = [frame_of(bundle.vocabulary, bundle.text, grid) for grid in ((2, 5), (3, 3))]
+    code = bundle.vocabulary.image_span.start
+    ids = torch.tensor([frame.filled([code] * frame.codes) for frame in frames])
+    with pytest.raises(GenerationError, match="images of 2 sizes"):
+        model.decode_image_tokens(ids)
+    assert model.decode_image_tokens(ids[1:]).shape == (1, 6, 6, 3)
+    cut = ids[[0, 0]]
+    cut[0, 5] = bundle.vocabulary.controls["end_row"]
+    with pytest.raises(JamError):
+        model.decode_image_tokens(cut)
 
 
 def test_codes_guessed_ahead_are_the_same_row_by_row(bundle: Bundle) -> None:
