@@ -66,10 +66,6 @@ class Chat:
     drawn: int = 0
     saved: Path | None = None
 
-    @property
-    def history(self) -> Document:
-        return Document(tuple(part for turn in self.turns for part in (*turn.said, *turn.reply)))
-
     def turn(self, text: str) -> None:
         """One message and its reply.
 
@@ -79,10 +75,14 @@ class Chat:
         paths, images = [path for path, _ in self.attached], [image for _, image in self.attached]
         # text before image, as the conversations that models are tuned on have it; <image> in the text places it
         said = encode_images(self.bundle, Document(user_turn(text, images, images_first=False))).parts
-        self._make_room(said)
-        prompt = Document((*self.history.parts, *said))
-        stream = ReplyStream(self.bundle, [prompt], self.options)
+        turns = self._fitting(said)
+        prompt = _document(turns, said)
         steps = generate(self.bundle, [prompt], self.options, streams=[self.asked])
+        stream = ReplyStream(self.bundle, [prompt], self.options)
+        if forgotten := len(self.turns) - len(turns):
+            context = context_length(self.bundle)
+            self.say(f"(the context of {context} tokens is short: the {forgotten} oldest turns are forgotten)")
+        self.turns = turns
         self.asked += 1
         self.attached = []
         drawn: list[str] = []
@@ -105,22 +105,19 @@ class Chat:
         else:
             self.say("(an empty reply; your message is not kept)")
 
-    def _make_room(self, said: tuple[Part, ...]) -> None:
-        """Drops the oldest turns until the token budget, or half the context if that is less, is left to reply."""
+    def _fitting(self, said: tuple[Part, ...]) -> list[Turn]:
+        """The latest turns beside which the token budget, or half the context if that is less, is left to reply."""
         context = context_length(self.bundle)
         options = self.options
         rules = rules_of(self.bundle, options)
         wanted = max(min(budget(rules, options), context // 2), rules.needed_tokens)
-        dropped = 0
-        while self.turns and self._tokens(said) + wanted > context:
-            self.turns.pop(0)
-            dropped += 1
-        if dropped:
-            self.say(f"(the context of {context} tokens is short: the {dropped} oldest turns are forgotten)")
+        turns = list(self.turns)
+        while turns and self._tokens(_document(turns, said)) + wanted > context:
+            turns.pop(0)
+        return turns
 
-    def _tokens(self, said: tuple[Part, ...]) -> int:
-        document = Document((*self.history.parts, *said))
-        return len(render(document, self.bundle.vocabulary, self.bundle.text, complete=False))
+    def _tokens(self, prompt: Document) -> int:
+        return len(render(prompt, self.bundle.vocabulary, self.bundle.text, complete=False))
 
     def _store(self, image: Image | None) -> str:
         """Saves an image of the reply under the next number."""
@@ -187,6 +184,11 @@ class Chat:
             temporary.unlink(missing_ok=True)
         self.saved = path
         self.say(f"(saved to {path})")
+
+
+def _document(turns: list[Turn], said: tuple[Part, ...] = ()) -> Document:
+    """Turns and what the user says next."""
+    return Document((*(part for turn in turns for part in (*turn.said, *turn.reply)), *said))
 
 
 def messages(turns: list[Turn]) -> list[dict]:

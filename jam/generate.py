@@ -72,8 +72,9 @@ def run_generate(
                 f"mode is {options['mode']} and candidates is {candidates}; these are images, leave one out"
             )
         options |= {"mode": "image", "max_images": 1}
-    elif clip is not None:
-        raise GenerationError("a CLIP is given and no number of candidates for it to rank; say how many to draw")
+    elif clip is not None or rank is not None:
+        given = f"rank is {rank}" if clip is None else "a CLIP is given"
+        raise GenerationError(f"{given} and no number of candidates to rank; say how many to draw")
     if clip is not None and rank is not None:
         raise GenerationError(
             f"rank is {rank} and a CLIP is given; one of the two ranks candidates, leave the other out"

@@ -69,6 +69,8 @@ def draw_candidates(
         )
     if rank not in get_args(Rank):
         raise GenerationError(f"rank is {rank!r}; required: {' or '.join(get_args(Rank))}; change it")
+    if judge is not None and (bundle.image is None or not bundle.image.makes_images):
+        raise GenerationError(f"{bundle.path}: no image tokenizer to make pixels for a judge; leave the judge out")
     contrastive = replace(options, guidance="cd_k", image_guidance_scale=None)
     each = [options if number % 2 == 0 else contrastive for number in range(count)]
     prompts = [prompt] * count

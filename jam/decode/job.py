@@ -3,6 +3,7 @@
 Nothing here runs a network. Shapes: N rows, V vocabulary, K codes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -76,7 +77,8 @@ class Job:
             self._texts.pop(index, None)  # an image parts stretches of text
             return
         if index not in self._texts:
-            self._texts[index] = TextStream(self.tokenizer), StopText(self.options[index].stop)
+            inside = _inside(self.prompts[index], self.rows[index].rules)
+            self._texts[index] = TextStream(self.tokenizer, inside), StopText(self.options[index].stop)
         stream, text = self._texts[index]
         text.push(stream.push(token))
         if text.found and not self.rows[index].owed:
@@ -216,8 +218,10 @@ def budget(rules: Rules, options: SamplingOptions) -> int:
     """Tokens that a reply may have, the context aside."""
     if options.max_tokens is not None:
         return options.max_tokens
-    images = min(rules.most_images, MANY_IMAGES) if rules.may_draw else 0
-    return TEXT_TOKENS + int(images) * rules.image_tokens
+    if not rules.may_draw:
+        return TEXT_TOKENS
+    images = MANY_IMAGES if rules.most_images == math.inf else int(rules.most_images)
+    return TEXT_TOKENS + images * rules.image_tokens
 
 
 def prepare_ids(
@@ -252,6 +256,10 @@ def prepare_ids(
         rows.append(Row(rules, min(left, most)))
     _check_guessing(bundle, options)
     numbers = list(range(len(rows)) if streams is None else streams)
+    if len(numbers) != len(rows) or not all(type(number) is int and 0 <= number < 1 << 64 for number in numbers):
+        raise GenerationError(
+            f"streams are {numbers!r:.100} for {len(rows)} prompts; required: one whole number from 0 to 2**64 - 1 each"
+        )
     job = Job(list(options), list(prompts), rows, numbers, tokenizer=bundle.text)
     # where no whole image fits none is opened, and nothing needs guidance
     drawers = [index for index, row in enumerate(rows) if row.rules.may_draw and row.room > row.rules.image_tokens]
@@ -295,6 +303,14 @@ def _hole_of(tokens: Sequence[int], vocabulary: Vocabulary) -> Hole | None:
     if not tokens or tokens[-1] != vocabulary.controls.get("infill"):
         return None
     return "image" if next_heads(torch.tensor([tokens]), vocabulary)[0, -1] == IMAGE_HEAD else "text"
+
+
+def _inside(prompt: Sequence[int], rules: Rules) -> bool:
+    """Whether the reply's text goes on from text: what stands before a hole that it fills."""
+    if rules.hole != "text":
+        return False
+    before = prompt.index(rules.vocabulary.controls["mask"]) - 1
+    return before >= 0 and bool(rules.is_text[prompt[before]])
 
 
 def _images_of(bundle: Bundle, tokens: Sequence[int]) -> list[int]:

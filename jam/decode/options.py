@@ -1,11 +1,10 @@
 """How to reply: one frozen record of checked settings, and a model's own defaults under what a user says."""
 
-import math
 import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from jam.decode.grammar import Mode
+from jam.decode.grammar import MODES, Mode
 from jam.decode.sampling import MAX_SEED
 from jam.errors import GenerationError
 from jam.models.load import Bundle
@@ -78,10 +77,13 @@ class SamplingOptions:
         for field in fields(self):
             value, (kinds, words) = getattr(self, field.name), _TYPES[field.type]
             _check(field.name, value, isinstance(value, kinds) and not isinstance(value, bool), words)
+        _check("mode", self.mode, self.mode in MODES, f"one of {', '.join(MODES)}")
+        for name in ("min_images", "max_images"):
+            _check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
         for name in ("text_temperature", "image_temperature"):
             value = getattr(self, name)
             # beyond these bounds float32 scores overflow to numbers that are none
-            _check(name, value, value == 0 or 1e-4 <= value < math.inf, "0 (greedy), or a finite number from 0.0001")
+            _check(name, value, value == 0 or 1e-4 <= value <= 1000, "0 (greedy), or a number from 0.0001 to 1000")
         for name in ("guidance_scale", "image_guidance_scale"):
             value = getattr(self, name)
             _check(name, value, value is None or 0 <= value <= 1000, "a number from 0 to 1000")
@@ -154,9 +156,10 @@ class SamplingOptions:
 def default_options(bundle: Bundle, **said: float | str | None) -> SamplingOptions:
     """The model's own defaults (``sampling`` in its jam.json) under what is said; None is not said.
 
-    A default gives way to what is said where the two exclude each other: an image temperature turns the search off,
-    beams turn chance and the penalty of images off, cd_k or a guidance scale of 1 the guidance by images apart, a
-    ``jacobi_window`` beams (and then draws by chance) and the penalty of images.
+    A default gives way to what is said where the two exclude each other: an image temperature, a penalty of images or
+    guesses ahead turn the search off (guesses for chance); beams turn chance, the penalty and the guesses off; the last
+    two turn each other off; cd_k or a guidance scale of 1 the guidance by images apart; and text alone, or no images,
+    owes none.
 
     Raises:
         GenerationError: a value out of its range, or a default that is no option.
@@ -170,18 +173,25 @@ def default_options(bundle: Bundle, **said: float | str | None) -> SamplingOptio
             f"{bundle.path}: jam.json's sampling {bundle.sampling} does not hold ({error}); names are {known}, mend it"
         ) from None
     defaults = dict(bundle.sampling)
-    if said.get("jacobi_window", 1) > 1:
-        if "image_beams" not in said and defaults.pop("image_beams", 1) > 1:
-            defaults.pop("image_temperature", None)
-        if "image_repetition_penalty" not in said:
-            defaults.pop("image_repetition_penalty", None)
-    if "image_temperature" in said and "image_beams" not in said:
-        defaults.pop("image_beams", None)
-    elif said.get("image_beams", 1) > 1 and "image_temperature" not in said:
-        defaults |= {"image_temperature": 0.0, "image_repetition_penalty": 1.0}
+    searches, guesses = said.get("image_beams", 1) > 1, said.get("jacobi_window", 1) > 1
+    penalizes = said.get("image_repetition_penalty", 1) != 1
+    away: list[str] = []  # defaults that what is said excludes
+    if searches:
+        away += ["image_repetition_penalty", "jacobi_window"]
+        defaults["image_temperature"] = 0.0
+    if "image_temperature" in said or guesses or penalizes:
+        away.append("image_beams")
+    if guesses:
+        away.append("image_repetition_penalty")
+        if defaults.get("image_beams", 1) > 1:
+            away.append("image_temperature")  # 0, as the search wants it: guesses are of images by chance
+    if penalizes:
+        away.append("jacobi_window")
     if said.get("guidance") == "cd_k" or said.get("guidance_scale") == 1:
-        defaults.pop("image_guidance_scale", None)
-    return SamplingOptions(**(defaults | said))
+        away.append("image_guidance_scale")
+    if said.get("mode") in ("text", "free") or said.get("max_images") == 0:
+        away.append("min_images")
+    return SamplingOptions(**({name: value for name, value in defaults.items() if name not in away} | said))
 
 
 def _check(name: str, value: float | str | None, holds: bool, required: str) -> None:

@@ -144,15 +144,17 @@ class AnyToAnyModel:
         """Ids of codes, int64 [B, N], as ``generate`` gives them, to pixels, uint8 [B, H, W, 3].
 
         Raises:
-            JamError: no image tokenizer with a decoder, or ids that are not those of whole images.
+            JamError: no image tokenizer with a decoder, ids that are not those of whole images, or several sizes.
         """
         image, span = self.bundle.image, self.bundle.vocabulary.image_span
         if image is None or span is None:
             raise GenerationError(f"{self.bundle.path}: no image tokenizer to decode images with; use a model with one")
         ids, vocabulary = image_tokens.cpu().numpy(), self.bundle.vocabulary
         grids = [read_grid(row.tolist(), 0, vocabulary, self.bundle.text) for row in ids]
+        if len(set(grids)) > 1:
+            raise GenerationError(f"images of {len(set(grids))} sizes, which no one tensor holds; decode each alone")
         if vocabulary.framed:
-            ids = np.stack([row[(row >= span.start) & (row < span.stop)] for row in ids])
+            ids = [row[(row >= span.start) & (row < span.stop)] for row in ids]
         # alone, as a stream does: a batch may round otherwise
         decoded = [image.decode(row[None] - span.start, grid)[0] for row, grid in zip(ids, grids, strict=True)]
         return torch.from_numpy(np.stack([np.asarray(picture) for picture in decoded]))
@@ -238,10 +240,6 @@ class AnyToAnyProcessor:
             return message | {"content": [numbered(block) for block in message["content"]]}
 
         document = from_messages([plain(message) for message in messages], lambda at: _opened(images[int(at)]))
-        try:
-            "".join(part.text for part in document.parts if isinstance(part, TextPart)).encode()
-        except UnicodeEncodeError:
-            raise GenerationError("the messages hold what is not UTF-8; give text in UTF-8") from None
         goes_on = document.parts[-1].role == "assistant"
         if goes_on != continue_final_message or add_generation_prompt == continue_final_message:
             raise GenerationError(

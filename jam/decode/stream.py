@@ -19,7 +19,7 @@ from jam.decode.grammar import Kind, Rules, Step, StopReason
 from jam.decode.job import Options, options_of, rules_of
 from jam.decode.options import SamplingOptions
 from jam.decode.stop import StopText
-from jam.document import CodesPart, Document, Hole, MaskPart, Part, Role, TextPart
+from jam.document import CodesPart, Document, MaskPart, Part, Role, TextPart
 from jam.errors import GenerationError
 from jam.models.load import Bundle
 from jam.tokens.text import TextStream
@@ -118,9 +118,9 @@ class ReplyStream:
     def _beginning(self, prompt: Document, own: SamplingOptions) -> tuple[TextStream, Rules, bool]:
         """The text that a reply begins with, which goes on from other text in a hole; its rules; whether an image is
         open."""
-        inside = any(isinstance(a, TextPart) and _is_hole(b, "text") for a, b in pairwise(prompt.parts))
-        opened = any(_is_hole(part, "image") for part in prompt.parts)
-        return TextStream(self.bundle.text, inside), rules_of(self.bundle, own), opened
+        inside = any(isinstance(a, TextPart) and isinstance(b, MaskPart) for a, b in pairwise(prompt.parts))
+        hole = next((part.kind for part in prompt.parts if isinstance(part, MaskPart)), None)
+        return TextStream(self.bundle.text, inside), rules_of(self.bundle, own, hole), hole == "image"
 
     def push(self, step: Step) -> list[Event]:
         row, index = self.rows[step.row], step.row
@@ -189,10 +189,6 @@ class ReplyStream:
         row.codes = []
         row.drawn += 1
         return ImageDone(index, row.drawn - 1, codes, image)
-
-
-def _is_hole(part: Part, kind: Hole) -> bool:
-    return isinstance(part, MaskPart) and part.kind == kind
 
 
 def reply_role(prompt: Document) -> Role:

@@ -19,7 +19,7 @@ from jam.models.readout import Readout, States
 from jam.models.slot_cache import SlotCache
 
 SLOTS = 128  # the number of slots is a multiple of this
-SHAPES = 64  # batch and cache shapes that one process may compile for
+SHAPES = 64  # batch and cache shapes that a process holds compiled code for; one more, and it compiles anew
 
 
 class Compiled:
@@ -30,7 +30,7 @@ class Compiled:
     """
 
     def __init__(self, plain: Readout, backend: str = "inductor"):
-        self.plain, self.model = plain, plain.model
+        self.plain, self.model, self.backend = plain, plain.model, backend
         self.codes, self.text = plain.codes, plain.text
         on_cuda = self.model.device.type == "cuda" and backend == "inductor"
         self._run = torch.compile(
@@ -46,7 +46,11 @@ class Compiled:
         with torch._dynamo.config.patch(recompile_limit=SHAPES):
             if self._on_cuda:
                 torch.compiler.cudagraph_mark_step_begin()
-            return self._run(**given)
+            try:
+                return self._run(**given)
+            except torch._dynamo.exc.FailOnRecompileLimitHit:  # nothing has run; the code of all shapes makes room
+                torch._dynamo.eval_frame.reset_code(self.plain.run.__code__)
+                return self._run(**given)
 
     def start(self, prompts: SlotCache, rows: Tensor, filled: int, slots: int) -> SlotCache:
         """A fixed cache."""

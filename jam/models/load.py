@@ -76,7 +76,8 @@ class Bundle:
 
     def readout(self) -> Readout | Compiled:
         """The network in two parts, states and scores, for a decoder."""
-        if self._readout is None or self._readout.model is not self.model:
+        known = self._readout
+        if known is None or known.model is not self.model or getattr(known, "backend", None) != self.backend:
             plain = readout(self.model, self.vocabulary)
             self._readout = plain if self.backend is None else Compiled(plain, self.backend)
         return self._readout
@@ -84,6 +85,7 @@ class Bundle:
     def to(self, device: torch.device) -> "Bundle":
         """Network and image tokenizer on another device."""
         self.model.to(device)
+        self._readout = None  # it may hold buffers where the network was
         if self.image is not None:
             self.image.to(device)
         return self

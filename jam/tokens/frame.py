@@ -110,15 +110,17 @@ def frame_of(vocabulary: Vocabulary, text: TextTokenizer | None = None, grid: Gr
         DataError: a size that this vocabulary, or its text tokenizer, cannot write.
     """
     controls, own = vocabulary.controls, default_grid(vocabulary)
+    rows, columns = own if grid is None else grid
+    if not (type(rows) is type(columns) is int and min(rows, columns) > 0):
+        raise DataError(f"an image of {rows!r:.20} x {columns!r:.20} codes; two whole numbers from 1 are required")
     end = (controls["end_image"],)
     if not vocabulary.framed:
         if grid is not None and grid != own:
             raise DataError(
-                f"an image of {grid[0]} x {grid[1]} codes; this vocabulary's images have exactly "
+                f"an image of {rows} x {columns} codes; this vocabulary's images have exactly "
                 f"{vocabulary.codes_per_image} in a square, make it that"
             )
         return Frame((), 1, vocabulary.codes_per_image, None, end)
-    rows, columns = own if grid is None else grid
     if "end_frame" in controls:
         end = (controls["end_frame"], *end)
     opening: tuple[int, ...] = ()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from jam.errors import CheckpointError
+from jam.errors import CheckpointError, DataError
 
 WORD = "x"  # stands for the text before
 
@@ -34,12 +34,19 @@ class TextTokenizer:
             raise CheckpointError(f"{path}: {error}; the file is damaged, restore it from its source") from None
 
     def encode(self, text: str, inside: bool = False) -> list[int]:
-        """``inside``: the text goes on from another; Llama 2's tokenizer puts a space before one that does not."""
+        """``inside``: the text goes on from another; Llama 2's tokenizer puts a space before one that does not.
+
+        Raises:
+            DataError: text that UTF-8 cannot hold.
+        """
         if inside:
             start, ids = self.encode(WORD), self.encode(WORD + text)
             if ids[: len(start)] == start:  # else the stand-in became one with the text
                 return ids[len(start) :]
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:  # a lone surrogate
+            raise DataError(f"{text!r:.100}: not UTF-8; give text in UTF-8") from None
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [item.ids for item in self.tokenizer.encode_batch(texts, add_special_tokens=False)]

@@ -160,16 +160,17 @@ class Vocabulary:
         Raises:
             CheckpointError: there is no image span, or a code lies outside the codebook.
         """
-        codes = np.asarray(codes, dtype=np.int64)
-        span = self.image_span
+        codes, span = np.asarray(codes), self.image_span
         if span is None:
             raise CheckpointError("this vocabulary has no image span; use a model with image ids for images")
+        if codes.size and codes.dtype.kind not in "iu":  # larger than 64 bits are objects
+            raise CheckpointError(f"image codes are of type {codes.dtype}; whole numbers of the codebook are required")
         if codes.size and not (codes.min() >= 0 and codes.max() < self.codebook_size):
             raise CheckpointError(
                 f"image codes span [{codes.min()}, {codes.max()}], the codebook has {self.codebook_size}; "
                 "the image tokenizer and the model must belong together"
             )
-        return codes + span.start
+        return codes.astype(np.int64) + span.start
 
     @classmethod
     def of_kinds(

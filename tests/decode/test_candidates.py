@@ -90,3 +90,8 @@ def test_what_cannot_be_is_refused(bundle: Bundle, count: int, changes: dict, wo
         draw_candidates(bundle, PROMPT, 1, replace(OPTIONS, guidance_scale=1.0), "ratio")
     with pytest.raises(GenerationError, match="rank is 'best'; required: likelihood or ratio"):
         draw_candidates(bundle, PROMPT, 2, OPTIONS, "best")
+
+
+def test_a_judge_needs_pixels(bundle: Bundle) -> None:
+    with pytest.raises(GenerationError, match="no image tokenizer to make pixels for a judge"):
+        draw_candidates(replace(bundle, image=None), PROMPT, 2, OPTIONS, judge=lambda images: [0.0] * len(images))

@@ -9,10 +9,10 @@ from PIL import Image
 
 from jam.decode.engine import generate
 from jam.decode.grammar import Kind, Rules
-from jam.decode.job import budget, encode_images
+from jam.decode.job import budget, encode_images, rules_of
 from jam.decode.options import SamplingOptions, default_options
-from jam.document import Document, ImagePart, TextPart
-from jam.errors import DataError, GenerationError
+from jam.document import CodesPart, Document, ImagePart, Part, TextPart
+from jam.errors import DataError, GenerationError, JamError
 from jam.models.load import Bundle, load_bundle
 from tests.decode.bundles import plain_bundle
 from tests.tiny import CODES_PER_IMAGE, tiny_pair
@@ -38,7 +38,10 @@ def prompt(tokens: int) -> Document:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"mode": "picture"}, ["mode is 'picture'", "interleaved, text, image, free"]),
+        ({"min_images": -1}, ["min_images is -1", "at least 0"]),
         ({"text_temperature": -1.0}, ["text_temperature is -1.0", "0 (greedy)"]),
+        ({"text_temperature": 1e39}, ["text_temperature is 1e+39", "0.0001 to 1000"]),
         ({"image_temperature": math.nan}, ["image_temperature is nan"]),
         ({"text_top_p": 0.0}, ["text_top_p is 0.0", "above 0 and at most 1"]),
         ({"image_top_p": 1.5}, ["image_top_p is 1.5"]),
@@ -133,6 +136,26 @@ def test_streams_are_the_rows_random_numbers(bundle: Bundle) -> None:
     assert same[0] == same[1] == apart[0] != apart[1]
 
 
+@pytest.mark.parametrize("streams", [[], [0, 1], [-1], [1 << 64], [1.5]])
+def test_streams_that_are_none_are_refused(bundle: Bundle, streams: list) -> None:
+    with pytest.raises(GenerationError, match=r"streams are .* for 1 prompts"):
+        generate(bundle, [prompt(9)], streams=streams)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        (TextPart("a\ud800"), "not UTF-8"),
+        (CodesPart((1, 1, 1, 2**70)), "whole numbers of the codebook"),
+        (CodesPart((1, 1, 1, 1.5)), "whole numbers of the codebook"),
+        (CodesPart((1, 1, 1, 16)), "the codebook has 16"),
+    ],
+)
+def test_parts_that_cannot_be_written_are_refused(bundle: Bundle, part: Part, words: str) -> None:
+    with pytest.raises(JamError, match=words):
+        generate(bundle, [Document((part,))])
+
+
 def test_iteration_may_stop_anywhere(bundle: Bundle) -> None:
     steps = generate(bundle, [prompt(4)], SamplingOptions(max_tokens=50))
     first = next(steps)
@@ -151,7 +174,26 @@ def test_a_model_brings_its_own_defaults_and_what_is_said_wins(bundle: Bundle) -
     assert default_options(bundle, image_beams=2).image_temperature == 0.0
 
 
-@pytest.mark.parametrize("sampling", [{"image_beam": 4}, {"image_beams": "4"}])
+@pytest.mark.parametrize(
+    ("sampling", "said", "left"),
+    [
+        ({"jacobi_window": 4}, {"image_beams": 2}, {"jacobi_window": 1, "image_temperature": 0.0}),
+        ({"jacobi_window": 4}, {"image_repetition_penalty": 1.2}, {"jacobi_window": 1}),
+        ({"image_repetition_penalty": 1.5}, {"jacobi_window": 8}, {"image_repetition_penalty": 1.0}),
+        ({"image_beams": 4, "image_temperature": 0.0}, {"jacobi_window": 8}, {"image_beams": 1}),
+        ({"image_beams": 4, "image_temperature": 0.0}, {"image_repetition_penalty": 1.2}, {"image_beams": 1}),
+        ({"image_beams": 4, "image_temperature": 0.0}, {"image_beams": 2}, {"image_beams": 2}),
+        ({"min_images": 1}, {"mode": "text"}, {"min_images": 0}),
+        ({"min_images": 1}, {"max_images": 0}, {"min_images": 0}),
+    ],
+)
+def test_a_default_gives_way_to_what_excludes_it(bundle: Bundle, sampling: dict, said: dict, left: dict) -> None:
+    options = default_options(replace(bundle, sampling=sampling), **said)
+    assert {name: getattr(options, name) for name in said | left} == said | left
+    rules_of(bundle, options)
+
+
+@pytest.mark.parametrize("sampling", [{"image_beam": 4}, {"image_beams": "4"}, {"mode": "picture"}, {"seed": None}])
 def test_defaults_that_are_none_are_refused(bundle: Bundle, sampling: dict) -> None:
     with pytest.raises(GenerationError, match=r"jam\.json's sampling"):
         default_options(replace(bundle, sampling=sampling))
@@ -166,3 +208,5 @@ def test_a_reply_has_room_for_its_images_by_default(bundle: Bundle) -> None:
     free = replace(rules, mode="free")
     assert budget(free, SamplingOptions(mode="free")) == 400 + 4 * (CODES_PER_IMAGE + 2)
     assert budget(rules, SamplingOptions(max_tokens=7)) == 7
+    ten = replace(rules, max_images=10)
+    assert budget(ten, SamplingOptions(max_images=10)) == 400 + 10 * (CODES_PER_IMAGE + 2)

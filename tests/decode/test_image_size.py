@@ -12,8 +12,9 @@ from jam.decode.options import SamplingOptions
 from jam.decode.pipeline import any_to_any
 from jam.decode.stream import ImageDone, ImageProgress, events, filled, replies
 from jam.document import CodesPart, Document, MaskPart, TextPart
-from jam.errors import DataError, GenerationError
+from jam.errors import DataError, GenerationError, JamError
 from jam.models.load import Bundle
+from jam.tokens.frame import frame_of
 from jam.tokens.render import parse, render
 from tests.decode.bundles import plain_bundle
 from tests.tiny_framed import framed_bundle
@@ -78,6 +79,20 @@ def test_text_alone_needs_no_room_for_an_image(bundle: Bundle) -> None:
     assert all(step.kind.value in ("text", "eos") for step in generate(bundle, [PROMPT], wide))
 
 
+def test_text_in_a_hole_needs_no_size(bundle: Bundle) -> None:
+    """A size that the model does not make, in a reply without images: all of the decoder agrees."""
+    options = SamplingOptions(image_size="5x5", max_tokens=9)
+    (reply,) = replies(bundle, [Document((TextPart("a"), MaskPart("text")))], options)
+    assert all(isinstance(part, TextPart) for part in reply.document.parts)
+
+
+@pytest.mark.parametrize("grid", [(0, 0), (0, 2), (-2, 2), (2.0, 2.0)])
+def test_grids_that_are_none_are_refused(bundle: Bundle, tokens: Bundle, plain: Bundle, grid: tuple) -> None:
+    for own in (bundle, tokens, plain):
+        with pytest.raises(DataError, match="two whole numbers from 1"):
+            generate(own, [Document((CodesPart((1,) * 4, grid=grid),))])
+
+
 def test_events_count_codes_and_previews_have_the_shape(bundle: Bundle) -> None:
     """Five rows of three codes, 2 px each: sizes and row ends are no codes."""
     seen = list(events(bundle, [PROMPT], IMAGE, preview_rows=2))
@@ -123,6 +138,21 @@ def test_transformers_pipeline_makes_them_pixels(bundle: Bundle) -> None:
     said = {"image_size": "6x10", "guidance_scale": 1.0, "seed": 3}
     (found,) = pipe(text="a cat", generation_mode="image", generate_kwargs=said)
     assert found["generated_image"].size == (6, 10)
+
+
+def test_the_pipeline_refuses_sizes_in_one_tensor_and_images_that_are_cut(bundle: Bundle) -> None:
+    """2 rows of 5 codes and 3 of 3 are as many tokens."""
+    model = any_to_any(bundle).model
+    frames = [frame_of(bundle.vocabulary, bundle.text, grid) for grid in ((2, 5), (3, 3))]
+    code = bundle.vocabulary.image_span.start
+    ids = torch.tensor([frame.filled([code] * frame.codes) for frame in frames])
+    with pytest.raises(GenerationError, match="images of 2 sizes"):
+        model.decode_image_tokens(ids)
+    assert model.decode_image_tokens(ids[1:]).shape == (1, 6, 6, 3)
+    cut = ids[[0, 0]]
+    cut[0, 5] = bundle.vocabulary.controls["end_row"]
+    with pytest.raises(JamError):
+        model.decode_image_tokens(cut)
 
 
 def test_codes_guessed_ahead_are_the_same_row_by_row(bundle: Bundle) -> None:

@@ -14,6 +14,7 @@ from jam.decode.candidates import draw_candidates
 from jam.decode.custom_generate import custom_generate
 from jam.decode.engine import generate
 from jam.decode.grammar import Kind, Step
+from jam.decode.job import prepare
 from jam.decode.naive import generate_naive
 from jam.decode.options import SamplingOptions
 from jam.decode.stream import ImageDone, ImageStart, Reply, events, filled, replies
@@ -176,6 +177,16 @@ def test_an_image_in_a_hole_is_shown_as_others(bundle: Bundle) -> None:
     (codes,) = reply.document.parts
     assert seen == [ImageStart(0, 0), ImageDone(0, 0, codes.codes, seen[1].image)] and len(reply.images) == 1
     assert reply.stop == "eos"
+
+
+def test_a_stop_string_may_begin_with_the_space_that_goes_on(bundle: Bundle) -> None:
+    """A tokenizer that drops a text's first space keeps that of a hole's, which goes on from the words before."""
+    text, vocabulary = TextTokenizer(llama_tokenizer()), tiny_vocabulary(images=True, sentencepiece=True)
+    own = replace(bundle, text=text, vocabulary=vocabulary)
+    for prompt, stops in ((document("a red", WORDS), True), (document(CAT, WORDS), False), (document("a"), False)):
+        job = prepare(own, [prompt], replace(LIVELY, stop=(" ",)))
+        (step,) = job.take({0: text.encode("cat")[0]}, 0)
+        assert (step.stop == "stop") is stops
 
 
 def test_candidates_for_a_hole(bundle: Bundle) -> None:

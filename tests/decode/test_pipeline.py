@@ -246,7 +246,7 @@ def test_a_model_whose_codes_nobody_can_decode_says_text_alone(bundle: Bundle) -
         ({"text": "a", "images": [[1, 2]]}, "an image is a list; a PIL image or the path of a file is required"),
         ({"text": [{"role": "system", "content": "b"}]}, "expected a mapping with role 'user' or 'assistant'"),
         ({"text": [{"role": "user", "content": [{"type": "image"}]}]}, "an image is a NoneType"),
-        ({"text": [{"role": "user", "content": "a\ud800"}]}, "the messages hold what is not UTF-8"),
+        ({"text": [{"role": "user", "content": "a\ud800"}]}, "not UTF-8; give text in UTF-8"),
         ({"text": CHAT, "continue_final_message": True}, "the last message is the user's and continue_final_message"),
         ({"text": CHAT, "tools": [1]}, "tools: nothing that jam's processor takes"),
         ({"text": [*CHAT, {"role": "assistant", "content": "well"}]}, "does not end in a part of text"),

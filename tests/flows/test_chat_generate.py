@@ -20,7 +20,7 @@ from jam.tokens.image import open_image
 from jam.tokens.vq import VQModel
 from merge.recipe import MergeRecipe
 from merge.run import run_merge
-from tests.tiny import CODES_PER_IMAGE, VQ, tiny_pair
+from tests.tiny import CODES_PER_IMAGE, VQ, edit_json, tiny_pair
 
 SHORT = ["--max-tokens", "40"]
 
@@ -177,6 +177,8 @@ def test_generate_fills_a_hole_and_writes_the_whole(fused: Path, picture: Path, 
         (["--prompt", "x", "--temperature", "1e-320"], ["text_temperature is 1e-320", "from 0.0001"]),
         (["--prompt", "x", "--guidance-scale", "1e308"], ["guidance_scale is 1e+308", "0 to 1000"]),
         (["--prompt", "x\udcff"], ["not UTF-8 at character 1"]),
+        (["--prompt", "x", "--rank", "ratio"], ["rank is ratio and no number of candidates"]),
+        (["--prompt", "x", "--temperature", "1e39"], ["text_temperature is 1e+39", "to 1000"]),
     ],
 )
 def test_generate_refuses_in_one_line_and_writes_nothing(
@@ -383,6 +385,26 @@ def test_chat_drops_the_oldest_turns_loudly(
     monkeypatch.setattr("jam.chat.said_options", lambda **given: real(**given, max_tokens=90))
     assert talk(monkeypatch, ["a" * 60, "b" * 60, "c" * 60], fused, "--out", str(tmp_path)) == 0
     assert "oldest turns are forgotten" in capsys.readouterr().out
+
+
+def test_chat_keeps_its_turns_when_a_message_is_refused(
+    fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = jam.chat.said_options
+    monkeypatch.setattr("jam.chat.said_options", lambda **given: real(**given, max_tokens=9))
+    save = tmp_path / "kept.json"
+    assert talk(monkeypatch, ["hello", "y" * 400, f"/save {save}"], fused, "--out", str(tmp_path)) == 0
+    said = capsys.readouterr().out
+    assert "the reply needs room" in said and "forgotten" not in said
+    assert json.loads(save.read_text())[0] == {"role": "user", "content": [{"type": "text", "text": "hello"}]}
+
+
+def test_generate_takes_the_mode_of_the_model(fused: Path, tmp_path: Path) -> None:
+    """What is not said comes from jam.json; the flag's own default must not speak over it."""
+    own = shutil.copytree(fused, tmp_path / "own")
+    edit_json(own / "jam.json", {"sampling": {"mode": "image", "max_images": 1}})
+    assert main(["generate", str(own), "--prompt", "draw", "--out", str(tmp_path / "reply")]) == 0
+    assert [entry["type"] for entry in reply(tmp_path / "reply")] == ["image"]
 
 
 def test_chat_interrupt_stops_the_reply_only(

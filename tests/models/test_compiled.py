@@ -11,7 +11,7 @@ from jam.decode.grammar import Step
 from jam.decode.naive import generate_naive
 from jam.decode.options import SamplingOptions
 from jam.document import CodesPart, Document, TextPart
-from jam.models.compiled import SLOTS
+from jam.models.compiled import SLOTS, Compiled
 from jam.models.load import Bundle
 from tests.decode.bundles import cross_bundle, plain_bundle
 from tests.tiny_framed import framed_bundle
@@ -84,6 +84,28 @@ def test_buffers_serve_the_next_call_and_no_two_at_once(tmp_path: Path) -> None:
     assert list(generate(bundle, PROMPTS, OPTIONS)) == first
     assert [*steps, *begun] == first
     assert bundle.readout().own._spare is kept
+
+
+def test_more_shapes_than_are_held_compile_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jam.models.compiled.SHAPES", 2)
+    bundle = made(tmp_path, "llama", "eager")
+    options = replace(OPTIONS, max_tokens=12)
+    for count in (1, 2, 3, 1):
+        fast = by_row(list(generate(bundle, PROMPTS[:1] * count, options)))
+        assert fast == by_row(list(generate_naive(bundle, PROMPTS[:1] * count, options)))
+
+
+def test_a_backend_that_is_named_later_counts(tmp_path: Path) -> None:
+    """Also another one, none again, and the buffers of a network that has moved are not used again."""
+    bundle = made(tmp_path, "llama", "eager")
+    first = list(generate(bundle, PROMPTS, OPTIONS))
+    bundle.backend = None
+    assert not isinstance(bundle.readout().own, Compiled)
+    assert list(generate(bundle, PROMPTS, OPTIONS)) == first
+    bundle.backend = "aot_eager"
+    compiled = bundle.readout().own
+    assert compiled.backend == "aot_eager" and bundle.readout().own is compiled
+    assert bundle.to(torch.device("cpu")).readout().own is not compiled
 
 
 def test_compiled_code_is_used(tmp_path: Path) -> None:
