@@ -29,10 +29,11 @@ class ModalityWeights(Section):
 class Source(Section):
     """One source of documents in the mix."""
 
-    kind: Literal["text", "captions", "conversations", "scenes"] = Field(
-        description="how lines become documents: text, captions, conversations or scenes (composed image pairs)"
+    kind: Literal["text", "captions", "conversations", "scenes", "shards"] = Field(
+        description="how lines become documents: text, captions, conversations or scenes (composed image pairs); "
+        "shards are prepared (jam data prepare)"
     )
-    path: str = Field(min_length=1, description='"mini" for the shipped data, else a jsonl file')
+    path: str = Field(min_length=1, description='"mini" for the shipped data, else a jsonl file, or a prepared folder')
     weight: float = Field(
         gt=0.0, description="share of this source in the mix, counted in tokens; shares are normalised"
     )

@@ -6,7 +6,6 @@ varies between epochs (the wording of a caption) is drawn from a generator keyed
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,12 +16,15 @@ import numpy as np
 from PIL import Image
 
 from finetune import mini_data
+from finetune.readers.lines import parse_line, text_field
+from finetune.readers.media import open_media
 from finetune.recipe import Source as SourceRecipe
+from finetune.shards import hash_network, open_shards
 from jam.assets import cache_dir
 from jam.document import CodesPart, Document, ImagePart, TextPart, from_messages
 from jam.errors import DataError
 from jam.models.load import Bundle
-from jam.tokens.image import ImageTokenizer, open_image
+from jam.tokens.image import ImageTokenizer
 from jam.tokens.render import IMAGE_HEAD, Tokens, render
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -37,14 +39,14 @@ def keyed(*keys: int) -> np.random.Generator:
 class Source:
     """Documents of one kind, ready to render.
 
-    ``make(index, form_draw)`` gives the document; ``form_draw`` in [0, 1) chooses among wordings. ``conditioned``:
-    CM3 and condition drop apply (plain documents; conversations stay causal). ``joined``: up to so many documents make
-    one, the last of them being the one asked for.
+    ``make(index, form_draw)`` gives the document, or its tokens where it was rendered before; ``form_draw`` in [0, 1)
+    chooses among wordings. ``conditioned``: CM3 and condition drop apply (plain documents; conversations stay causal).
+    ``joined``: up to so many documents make one, the last of them being the one asked for.
     """
 
     name: str
     size: int
-    make: Callable[[int, float], Document]
+    make: Callable[[int, float], Document | Tokens]
     conditioned: bool
     loss_text: float
     loss_image: float
@@ -62,10 +64,7 @@ def encode_cached(
     tokenizer: ImageTokenizer, keys: list[str], open_one: Callable[[int], Image.Image], progress: Progress | None = None
 ) -> np.ndarray:
     """Codes uint16 [N, codes_per_image] of N images, cached by the tokenizer's weights and the images' keys."""
-    fingerprint = hashlib.sha256()
-    for name, tensor in sorted(tokenizer.network.state_dict().items()):
-        fingerprint.update(name.encode())
-        fingerprint.update(tensor.numpy().tobytes())
+    fingerprint = hash_network(tokenizer)
     for key in keys:
         fingerprint.update(key.encode() + b"\0")
     path = cache_dir() / f"codes-{fingerprint.hexdigest()[:24]}.npy"
@@ -179,23 +178,9 @@ def _read_lines(path: Path, check: Callable[[dict], object]) -> list:
     with open(path, "rb") as lines:
         for number, raw in enumerate(lines, 1):
             try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if "\\ud" in line.lower():  # half of a surrogate pair, escaped, is JSON and no text
-                    json.dumps(row, ensure_ascii=False).encode()
-                if not isinstance(row, dict):
-                    raise DataError("expected a JSON object")
-                good.append(check(row))
-            except json.JSONDecodeError as error:
-                bad.append(
-                    f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); mend or remove the line"
-                )
-            except UnicodeError as error:
-                bad.append(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8")
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits; endless nesting
-                bad.append(f"{path}:{number}: not usable JSON ({error}); mend or remove the line")
+                row = parse_line(raw, number)
+                if row is not None:
+                    good.append(check(row))
             except DataError as error:
                 bad.append(f"{path}:{number}: {error}")
     if bad:
@@ -206,36 +191,16 @@ def _read_lines(path: Path, check: Callable[[dict], object]) -> list:
     return good
 
 
-def _field(row: dict, key: str) -> str:
-    if not isinstance(row.get(key), str) or not row[key].strip():
-        raise DataError(f"field {key!r} is missing or not text; each line needs it")
-    return row[key]
-
-
-def _open_media(root: Path, file: str) -> Image.Image:
-    """An image that a data line names: relative to the data file, and inside its folder even through links.
-
-    Raises:
-        DataError: a path that leads out of the folder; an image that is missing or cannot be read.
-    """
-    path = root / file
-    if "\0" in file or Path(file).is_absolute() or not path.resolve().is_relative_to(root.resolve()):
-        raise DataError(
-            f"image {file!r} lies outside {root}; a path inside the data file's folder is required, move it"
-        )
-    return open_image(path)
-
-
 def _file_source(recipe: SourceRecipe, bundle: Bundle, name: str, progress: Progress | None):
     path = Path(recipe.path)
     root = path.parent
     if recipe.kind == "text":
-        return _text_source(tuple(_read_lines(path, lambda row: _field(row, "text"))))
+        return _text_source(tuple(_read_lines(path, lambda row: text_field(row, "text"))))
     if recipe.kind == "captions":
         tokenizer = _image_tokenizer(bundle, name)
 
         def pair(row: dict) -> tuple[str, Image.Image]:
-            return _field(row, "caption"), tokenizer.fit(_open_media(root, _field(row, "image")))
+            return text_field(row, "caption"), tokenizer.fit(open_media(root, text_field(row, "image")))
 
         pairs = _read_lines(path, pair)  # at the tokenizer's size: photographs as they are would fill the memory
         keys = [hashlib.sha256(image.tobytes()).hexdigest() for _, image in pairs]
@@ -244,7 +209,7 @@ def _file_source(recipe: SourceRecipe, bundle: Bundle, name: str, progress: Prog
     if recipe.kind == "conversations":
 
         def opened(file: str) -> Image.Image:
-            image = _open_media(root, file)
+            image = open_media(root, file)
             return image if bundle.image is None else bundle.image.fit(image)
 
         def conversation(row: dict) -> Document:
@@ -274,7 +239,12 @@ def open_source(name: str, recipe: SourceRecipe, bundle: Bundle, progress: Progr
     Raises:
         DataError: bad lines (all of them, with file and line), missing or unreadable images, no documents.
     """
-    if recipe.path != "mini":
+    conditioned = recipe.kind != "conversations"
+    if recipe.kind == "shards":
+        shards = open_shards(Path(recipe.path))
+        shards.check_model(bundle.path, bundle.vocabulary, bundle.image)
+        size, make, conditioned = len(shards), lambda index, draw: shards.tokens(index), not shards.counts.conversations
+    elif recipe.path != "mini":
         size, make = _file_source(recipe, bundle, name, progress)
     elif recipe.kind == "text":
         size, make = _text_source(mini_data.texts("train"))
@@ -286,17 +256,11 @@ def open_source(name: str, recipe: SourceRecipe, bundle: Bundle, progress: Progr
         size, make = _mini_conversations(bundle, name, progress)
     if recipe.limit is not None:
         size = min(size, recipe.limit)
-    conditioned = recipe.kind != "conversations"
     return Source(name, size, make, conditioned, recipe.loss.text, recipe.loss.image, recipe.joined)
 
 
-def pieces(source: Source, bundle: Bundle, index: int, draw: float, seq_len: int) -> list[Tokens]:
-    """Document ``index`` as tokens, in pieces of at most ``seq_len``; only text is ever cut.
-
-    Raises:
-        DataError: a document with images is longer than ``seq_len``.
-    """
-    document = source.make(index, draw)
+def _rendered(source: Source, bundle: Bundle, document: Document, index: int, draw: float, seq_len: int) -> Tokens:
+    """A document after those that are joined to it, as many as there is room for."""
     tokens = render(document, bundle.vocabulary, bundle.text)
     for other in source.earlier(index, draw):
         if (other.parts[-1].role, document.parts[0].role) != ("assistant", "user"):
@@ -305,6 +269,17 @@ def pieces(source: Source, bundle: Bundle, index: int, draw: float, seq_len: int
         if len(longer) > seq_len:
             break
         document, tokens = Document((*other.parts, *document.parts)), longer
+    return tokens
+
+
+def pieces(source: Source, bundle: Bundle, index: int, draw: float, seq_len: int) -> list[Tokens]:
+    """Document ``index`` as tokens, in pieces of at most ``seq_len``; only text is ever cut.
+
+    Raises:
+        DataError: a document with images is longer than ``seq_len``.
+    """
+    made = source.make(index, draw)
+    tokens = made if isinstance(made, Tokens) else _rendered(source, bundle, made, index, draw, seq_len)
     factors = np.where(tokens.heads == IMAGE_HEAD, source.loss_image, source.loss_text).astype(np.float32)
     tokens = Tokens(tokens.ids, tokens.heads, tokens.weights * factors, tokens.segments)
     if len(tokens) <= seq_len:
