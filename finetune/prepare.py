@@ -170,8 +170,8 @@ def _read(job: Job, progress: _Progress) -> None:
     start = progress.rows // CHUNK * CHUNK
     for end, outcomes in outcomes_of(job.reading, job.model, job.workers, start):
         new = [outcome for outcome in outcomes if outcome.number >= progress.rows]
-        bad = [outcome.error for outcome in new if outcome.error]
-        if bad and not job.skip_bad:
+        bad = [outcome.error for outcome in new if outcome.error and (outcome.torn or not job.skip_bad)]
+        if bad:
             more = [f"... and {len(bad) - LISTED} more up to row {end}"] if len(bad) > LISTED else []
             raise DataError("\n".join([*bad[:LISTED], *more]))
         for outcome in new:

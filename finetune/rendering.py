@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from finetune.readers import FORMS, Context, Media, Row, read_map, rows_of
+from finetune.readers import FORMS, Context, Media, Row, Torn, read_map, rows_of
 from jam.document import CodesPart, Document, ImagePart
 from jam.errors import DataError, JamError
 from jam.layouts import open_model
@@ -83,12 +83,16 @@ class Reading:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of row ``number`` (from 0): tokens, or one line of what is wrong; neither without a model."""
+    """What became of row ``number`` (from 0): tokens, or one line of what is wrong; neither without a model.
+
+    ``torn``: nothing of this file can be read after it.
+    """
 
     number: int
     tokens: Tokens | None
     conversation: bool = False
     error: str | None = None
+    torn: bool = False
 
 
 class Renderer:
@@ -111,7 +115,7 @@ class Renderer:
                 if fields is not None:
                     documents.append((number, row, self._prepared(self.form(fields, self.context))))
             except JamError as error:
-                outcomes.append(Outcome(number, None, error=f"{row.where}: {error}"))
+                outcomes.append(Outcome(number, None, error=f"{row.where}: {error}", torn=isinstance(error, Torn)))
         for (number, row, _), document in zip(documents, self._with_codes([d for *_, d in documents]), strict=True):
             conversation = any(part.role != "document" for part in document.parts)
             try:

@@ -22,6 +22,7 @@ from typing import Annotated
 import typer
 
 from jam import __version__
+from jam.data_cli import app as data_app
 from jam.errors import JamError, RecipeError, message_lines, printable
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(help="Check recipes, print their schema.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(recipe_app, name="recipe")
+app.add_typer(data_app, name="data")
 
 
 class Method(StrEnum):

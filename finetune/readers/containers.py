@@ -29,6 +29,10 @@ TEXTS = ("txt", "caption", "text")
 METADATA = ("metadata.jsonl", "metadata.csv")
 
 
+class Torn(DataError):
+    """A container that cannot be read any further: what is lost is not one row, so it is never left out."""
+
+
 @dataclass(frozen=True)
 class Row:
     """``where`` is file and line, for errors; ``payload`` a line of JSON, a row, or what is wrong with it."""
@@ -130,7 +134,7 @@ def _csv(path: Path) -> Iterator[Row]:
                 else:
                     yield Row(where, row)
         except (csv.Error, UnicodeError) as error:  # what follows cannot be told apart any more
-            yield Row(f"{path}:{reader.line_num + 1}", DataError(f"not readable CSV ({error}); mend the file"))
+            yield Row(f"{path}:{reader.line_num + 1}", Torn(f"not readable CSV ({error}); mend the file"))
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -146,7 +150,7 @@ def _parquet(path: Path) -> Iterator[Row]:
                     yield Row(f"{path}:row {number}", row)
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        yield Row(f"{path}:row {number + 1}", DataError(f"not readable parquet ({reason}); fetch the file again"))
+        yield Row(f"{path}:row {number + 1}", Torn(f"not readable parquet ({reason}); fetch the file again"))
 
 
 def _arrow(folder: Path) -> Iterator[Row]:
@@ -161,7 +165,7 @@ def _arrow(folder: Path) -> Iterator[Row]:
                 yield Row(f"{folder}:row {number}", row)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        yield Row(f"{folder}:row {number + 1}", DataError(f"not a readable data set ({reason}); save it again"))
+        yield Row(f"{folder}:row {number + 1}", Torn(f"not a readable data set ({reason}); save it again"))
 
 
 def _tar(path: Path) -> Iterator[Row]:
@@ -192,9 +196,8 @@ def _tar(path: Path) -> Iterator[Row]:
         if key is not None:
             yield row()
     except (tarfile.TarError, OSError, EOFError) as error:
-        yield Row(
-            f"{path}:{key or 'start'}", DataError(f"not a readable tar after this member ({error}); fetch it again")
-        )
+        where = f"{path}:{key or 'start'}"
+        yield Row(where, Torn(f"not a readable tar from here on ({error}); fetch it again"))
 
 
 def _member_problem(member: tarfile.TarInfo, name: PurePosixPath) -> str | None:

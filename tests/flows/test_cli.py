@@ -50,6 +50,8 @@ def modules_after(arguments: list[str]) -> tuple[int, set[str], str]:
         ["recipe", "schema", "merge"],
         ["recipe", "schema", "finetune"],
         ["finetune", "--help"],
+        ["data", "--help"],
+        ["data", "prepare", "--help"],
     ],
     ids=" ".join,
 )
@@ -63,7 +65,7 @@ def test_light_verbs_load_nothing_heavy(arguments: list[str]) -> None:
 def test_help_loads_no_recipe_either() -> None:
     _, modules, output = modules_after(["--help"])
     assert not modules.intersection({"pydantic", "ruamel.yaml"})
-    for verb in ("merge", "finetune", "chat", "generate", "inspect", "recipe", "demo"):
+    for verb in ("merge", "finetune", "chat", "generate", "inspect", "recipe", "data", "demo"):
         assert f"\n  {verb} " in output
 
 
