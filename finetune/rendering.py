@@ -18,11 +18,13 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 
 from finetune.readers import FORMS, Context, Media, Row, Torn, read_map, rows_of
 from jam.document import CodesPart, Document, ImagePart
 from jam.errors import DataError, JamError
 from jam.layouts import open_model
+from jam.tokens.belong import check_tokenizers
 from jam.tokens.image import ImageTokenizer
 from jam.tokens.render import Tokens, render
 from jam.tokens.text import TextTokenizer
@@ -46,7 +48,9 @@ class Tokenizers:
         """Raises CheckpointError as ``jam.models.load.load_bundle``, of everything but the network."""
         record = open_model(folder).jam
         image = None if record.image_tokenizer is None else ImageTokenizer.load(folder / record.image_tokenizer)
-        return cls(folder, record.vocabulary, TextTokenizer.load(folder), image)
+        text = TextTokenizer.load(folder)
+        check_tokenizers(folder, record.vocabulary, text, image)
+        return cls(folder, record.vocabulary, text, image)
 
 
 @dataclass(frozen=True)
@@ -100,9 +104,8 @@ class Renderer:
 
     def __init__(self, reading: Reading, model: Tokenizers | None):
         self.form, self.model, self.own_sizes = FORMS[reading.form], model, reading.own_sizes
-        self.media = reading.media()
         codes = model.vocabulary.codes_per_image if model else 0
-        self.context = Context(self.media, codes or None)
+        self.context = Context(replace(reading.media(), keep=self._keep), codes or None)
         if reading.own_sizes and model is not None and not model.vocabulary.framed:
             raise DataError(f"own sizes of images, and those of {model.path} have one size; leave out --own-sizes")
 
@@ -125,8 +128,14 @@ class Renderer:
                 outcomes.append(Outcome(number, None, error=f"{row.where}: {error}"))
         return sorted(outcomes, key=lambda outcome: outcome.number)
 
+    def _keep(self, image: Image) -> Image:
+        """An image as it waits for the rest of its chunk: photographs as they are would fill the memory."""
+        if self.model is None or self.model.image is None:
+            return image.resize((1, 1))  # it could be opened, and no more is asked
+        return image if self.own_sizes else self.model.image.fit(image)
+
     def _prepared(self, document: Document) -> Document:
-        """With images that wait at the size in which they are encoded. Raises DataError where none can be."""
+        """With codes, where images are not encoded together. Raises DataError where none can be."""
         if self.model is None or not any(isinstance(part, ImagePart) for part in document.parts):
             return document
         image, vocabulary = self.model.image, self.model.vocabulary
@@ -138,8 +147,7 @@ class Renderer:
                     CodesPart(codes, grid=grid) for codes, grid in (image.read(i, vocabulary) for i in images)
                 ]
             )
-        parts = (replace(p, image=image.fit(p.image)) if isinstance(p, ImagePart) else p for p in document.parts)
-        return Document(tuple(parts))
+        return document
 
     def _with_codes(self, documents: list[Document]) -> list[Document]:
         images = [part.image for document in documents for part in document.parts if isinstance(part, ImagePart)]

@@ -103,8 +103,8 @@ log: 3
         "x.yaml:6:11: data.mix.text.weight: not given; required: share of this source in the mix, counted in tokens; "
         "shares are normalised",
         'x.yaml:6:36: data.mix.text.wieght: unknown key; did you mean "weight"?',
-        "x.yaml:8:13: data.mix.pictures.kind: must be 'text', 'captions', 'conversations' or 'scenes', found "
-        '"caption"; did you mean "captions"?',
+        "x.yaml:8:13: data.mix.pictures.kind: must be 'text', 'captions', 'conversations', 'scenes' or 'shards', "
+        'found "caption"; did you mean "captions"?',
         'x.yaml:10:15: data.mix.pictures.weight: must be a valid number, found "3"',
         "x.yaml:11:7: data.mix.pictures.weight: duplicate key, first given on line 10; keep one of the two",
         'x.yaml:13:7: optim.lr: must be a valid number, found "fast"',

@@ -67,9 +67,16 @@ def rows_of(source: Path) -> Iterator[Row]:
 
 
 def files_of(source: Path) -> list[Path]:
-    """The files that rows are read from: what a resumed run compares. Images are not among them."""
+    """The files that rows are read from: what a resumed run compares. Images are not among them.
+
+    Raises:
+        DataError: a folder without such files.
+    """
     if not source.is_dir():
         return [source]
+    if (source / "dataset_dict.json").is_file():
+        splits = sorted(path.name for path in source.iterdir() if path.is_dir())
+        raise DataError(f"{source}: a data set of splits ({', '.join(splits)}); one is required, name its folder")
     if named := [source / name for name in METADATA if (source / name).is_file()]:
         return named
     if _saved(source):
@@ -94,13 +101,11 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _folder(folder: Path) -> Iterator[Row]:
-    if (folder / "dataset_dict.json").is_file():
-        splits = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        raise DataError(f"{folder}: a data set of splits ({', '.join(splits)}); one is required, name its folder")
+    files = files_of(folder)
     if _saved(folder):
         yield from _arrow(folder)
         return
-    for path in files_of(folder):
+    for path in files:
         yield from CONTAINERS[path.suffix.lower()](path)
 
 
@@ -178,7 +183,8 @@ def _tar(path: Path) -> Iterator[Row]:
 
     try:
         with tarfile.open(path, "r|") as archive:  # a plain tar, read once from front to back
-            for member in archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # else it remembers all of them
                 if member.isdir():
                     continue
                 name = PurePosixPath(member.name)
@@ -195,7 +201,7 @@ def _tar(path: Path) -> Iterator[Row]:
                     held[suffix] = _member(suffix, archive.extractfile(member).read())
         if key is not None:
             yield row()
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         where = f"{path}:{key or 'start'}"
         yield Row(where, Torn(f"not a readable tar from here on ({error}); fetch it again"))
 

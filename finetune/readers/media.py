@@ -3,7 +3,7 @@
 import base64
 import binascii
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,10 +60,12 @@ class Media:
     Attributes:
         root: the folder that paths are relative to and may not leave.
         local: paths by URL; nothing is ever downloaded.
+        keep: what is kept of an image that was opened, all of it by default.
     """
 
     root: Path
     local: Mapping[str, str] = field(default_factory=dict)
+    keep: Callable[[Image.Image], Image.Image] = lambda image: image
 
     def open(self, value: object) -> Image.Image:
         """An image out of a row: a path, a URL of the map, a ``data:`` URL, bytes, or ``{"bytes", "path"}``.
@@ -71,13 +73,16 @@ class Media:
         Raises:
             DataError: what is there is none of these, or an image that cannot be read.
         """
+        return self.keep(self._open(value))
+
+    def _open(self, value: object) -> Image.Image:
         match value:
             case bytes():
                 return open_image(value)
             case {"bytes": bytes(data)}:
                 return open_image(data)
             case {"path": str(file)} | {"url": str(file)}:
-                return self.open(file)
+                return self._open(file)
             case str(text) if text.startswith("data:"):
                 return open_image(_data_url(text))
             case str(text) if text in self.local:

@@ -34,6 +34,7 @@ from jam.models.heads import allowed_ids, restrict
 from jam.models.masks import cache_for, default_positions, masks_for
 from jam.models.readout import Readout, readout
 from jam.models.tower import network_class
+from jam.tokens.belong import check_tokenizers
 from jam.tokens.image import ImageTokenizer
 from jam.tokens.text import TextTokenizer
 from jam.tokens.vocabulary import Vocabulary
@@ -246,20 +247,8 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _check_parts(bundle: Bundle) -> None:
-    vocabulary, path, image = bundle.vocabulary, bundle.path, bundle.image
+    vocabulary, path = bundle.vocabulary, bundle.path
     rows = bundle.model.config.vocab_size
     if rows < vocabulary.size:
         raise CheckpointError(f"{path}: the model has {rows} rows, jam.json names {vocabulary.size} ids; mend jam.json")
-    words = bundle.text.tokenizer.get_vocab_size()
-    if words > vocabulary.size:
-        raise CheckpointError(
-            f"{path}: tokenizer.json has {words} tokens, jam.json names {vocabulary.size} ids; use one pair"
-        )
-    if image is not None and (image.codebook_size, image.codes_per_image) != (
-        vocabulary.codebook_size,
-        vocabulary.codes_per_image,
-    ):
-        raise CheckpointError(
-            f"{path}: the image tokenizer makes {image.codes_per_image} codes of {image.codebook_size}, jam.json says "
-            f"{vocabulary.codes_per_image} of {vocabulary.codebook_size}; they must belong together"
-        )
+    check_tokenizers(path, vocabulary, bundle.text, bundle.image)

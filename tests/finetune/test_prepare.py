@@ -15,6 +15,7 @@ from finetune import rendering
 from finetune.order import PackedSource, Plan
 from finetune.pack import collate
 from finetune.prepare import Job, prepare
+from finetune.readers import rows_of
 from finetune.recipe import FinetuneRecipe
 from finetune.recipe import Source as SourceRecipe
 from finetune.rendering import Reading, Tokenizers
@@ -365,3 +366,21 @@ def test_a_dead_worker_is_one_line(tmp_path, model, captions, monkeypatch):
     monkeypatch.setattr(rendering, "ProcessPoolExecutor", Broken)
     with pytest.raises(DataError, match="a worker process died"):
         prepare(Job(Reading(captions, "captions"), model, tmp_path / "out", workers=2))
+
+
+@pytest.mark.parametrize("with_model", [True, False])
+def test_photographs_wait_small(tmp_path, model, with_model, monkeypatch):
+    """What a chunk of rows holds of its images: as many pixels as the tokenizer takes, or none to speak of."""
+    Image.effect_noise((300, 200), 90).convert("RGB").save(tmp_path / "b.png")
+    turns = [{"role": "user", "content": "look"}, {"role": "assistant", "content": "<image> <image>"}]
+    (tmp_path / "m.jsonl").write_text(json.dumps({"messages": turns, "images": ["b.png"] * 2}) + "\n")
+    renderer = rendering.Renderer(Reading(tmp_path / "m.jsonl", "messages"), model if with_model else None)
+    sizes, real = [], renderer._prepared
+
+    def spy(document):
+        sizes.extend(part.image.size for part in document.parts if hasattr(part, "image"))
+        return real(document)
+
+    monkeypatch.setattr(renderer, "_prepared", spy)
+    assert [outcome.error for outcome in renderer(0, list(rows_of(tmp_path / "m.jsonl")))] == [None]
+    assert sizes == [(model.image.resolution,) * 2 if with_model else (1, 1)] * 2
