@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from finetune.bijection import bijection
 from finetune.order import WINDOW
 from finetune.pack import best_fit
 from finetune.rendering import Tokenizers
 from finetune.shards import Shards, runs_of
-from finetune.sources import keyed
 from jam.errors import CheckpointError
 from jam.tokens.render import IMAGE_HEAD, Tokens
 from jam.tokens.vocabulary import IMAGE
@@ -35,13 +35,13 @@ class Fill:
 def fill_of(shards: Shards, seq_len: int) -> Fill:
     lengths, pictures = shards.lengths(), shards.with_images()
     long = lengths > seq_len
-    order = keyed(0, 0, 0).permutation(len(lengths))
-    windows = [order[at : at + WINDOW] for at in range(0, len(order), WINDOW)]
-    chosen = [windows[i] for i in sorted({round(n) for n in np.linspace(0, len(windows) - 1, WINDOWS).tolist()})]
-    taken = places = 0
-    for window in chosen:
+    last = (len(lengths) - 1) // WINDOW
+    taken = places = documents = 0
+    for window in sorted({round(n) for n in np.linspace(0, last, WINDOWS).tolist()}):
+        window_places = np.arange(window * WINDOW, min((window + 1) * WINDOW, len(lengths)))
+        documents += len(window_places)
         parts: list[int] = []
-        for index in window.tolist():
+        for index in bijection(window_places, len(lengths), 0, 0, 0).tolist():
             if not long[index]:
                 parts.append(int(lengths[index]))
             elif not pictures[index]:  # as finetune.sources.pieces cuts it: every piece begins with <s>
@@ -49,7 +49,6 @@ def fill_of(shards: Shards, seq_len: int) -> Fill:
                 parts += [seq_len] * whole + ([rest + 1] if rest else [])
         taken += sum(parts)
         places += len(best_fit(parts, seq_len)) * seq_len
-    documents = sum(map(len, chosen))
     return Fill(taken / max(1, places), documents, int((long & ~pictures).sum()), int((long & pictures).sum()))
 
 

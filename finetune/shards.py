@@ -106,10 +106,14 @@ class Counts:
 
 def runs_of(tokens: Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Lengths, heads, weights and segments of the stretches over which the last three stay the same."""
-    bits = tokens.weights.view(np.int32)
-    same = (np.diff(tokens.heads) == 0) & (np.diff(bits) == 0) & (np.diff(tokens.segments) == 0)
-    starts = np.concatenate([[0], np.flatnonzero(~same) + 1])
-    lengths = np.diff(np.append(starts, len(tokens))).astype(np.uint32)
+    changed = np.ones(len(tokens) + 1, bool)
+    inside = changed[1:-1]
+    inside[:] = tokens.heads[1:] != tokens.heads[:-1]
+    for values in (tokens.weights.view(np.int32), tokens.segments):
+        inside |= values[1:] != values[:-1]
+    edges = np.flatnonzero(changed)
+    starts = edges[:-1]
+    lengths = (edges[1:] - starts).astype(np.uint32)
     return lengths, tokens.heads[starts], tokens.weights[starts], tokens.segments[starts]
 
 

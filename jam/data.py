@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.look import fill_of, histogram, stretches
 from finetune.prepare import Job, prepare
 from finetune.rendering import Reading, Tokenizers, outcomes_of
 from finetune.shards import RECORD, Counts, altered, open_shards
@@ -84,6 +83,8 @@ def _check_prepared(folder: Path, model: Path | None) -> None:
 
 def run_stats(folder: Path, seq_len: int) -> None:
     """Raises DataError as ``finetune.shards.open_shards``."""
+    from finetune.look import fill_of, histogram  # imports transformers, which takes seconds
+
     shards = open_shards(folder)
     counts, lengths = shards.counts, shards.lengths()
     read = f"reader {shards.reader.get('name')} of {shards.reader.get('source')}"
@@ -112,6 +113,8 @@ def run_show(folder: Path, model: Path | None, *, number: int, start: int, out: 
     Raises:
         DataError: no prepared source, one of another model, or a start beyond its end.
     """
+    from finetune.look import stretches  # imports transformers, which takes seconds
+
     shards, own = open_shards(folder), _model(model)
     shards.check_model(own.path, own.vocabulary, own.image)
     if start >= len(shards):
