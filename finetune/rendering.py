@@ -31,7 +31,6 @@ from jam.tokens.text import TextTokenizer
 from jam.tokens.vocabulary import Vocabulary
 
 CHUNK = 64  # rows that one worker does at once
-PIXELS = 1 << 20  # of images encoded at once: bounds the memory of the image network
 
 
 @dataclass(frozen=True)
@@ -153,9 +152,7 @@ class Renderer:
         images = [part.image for document in documents for part in document.parts if isinstance(part, ImagePart)]
         if self.model is None or not images:
             return documents
-        tokenizer = self.model.image
-        size = max(1, min(64, PIXELS // tokenizer.resolution**2))
-        codes = iter(tokenizer.encode(images, batch_size=size).tolist())
+        codes = iter(self.model.image.encode(images).tolist())
         return [d.with_codes(lambda some: [CodesPart(tuple(next(codes))) for _ in some]) for d in documents]
 
 

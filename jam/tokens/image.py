@@ -26,6 +26,7 @@ MAX_PIXELS = 32_000_000
 MAX_SIDE = 16_384
 MAX_BYTES = 20_000_000
 FORMATS = ("PNG", "JPEG", "WEBP")
+BATCH_PIXELS = 1 << 20  # encoded at once: a VQGAN's first layers take about half a kilobyte a pixel each
 
 
 def open_image(source: Path | bytes, name: str | None = None) -> Pil.Image:
@@ -191,8 +192,13 @@ class ImageTokenizer:
         resized = place(image, (grid[1] * self.factor, grid[0] * self.factor), Pil.BICUBIC)
         return tuple(self.network.encode(_unit([resized]).to(self.device))[0].tolist()), grid
 
-    def encode(self, images: list[Pil.Image], batch_size: int = 64) -> np.ndarray:
-        """int64 [len(images), codes_per_image]."""
+    def encode(self, images: list[Pil.Image], batch_size: int | None = None) -> np.ndarray:
+        """int64 [len(images), codes_per_image].
+
+        Args:
+            batch_size: images at once; by default 64 small ones, and fewer of more than ``BATCH_PIXELS`` together.
+        """
+        batch_size = batch_size or max(1, min(64, BATCH_PIXELS // self.resolution**2))
         chunks = [images[at : at + batch_size] for at in range(0, len(images), batch_size)]
         codes = [self.network.encode(self.pixels(chunk).to(self.device)).cpu().numpy() for chunk in chunks]
         return np.concatenate(codes) if codes else np.zeros((0, self.codes_per_image), np.int64)
