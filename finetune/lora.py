@@ -47,7 +47,7 @@ def targets(model: nn.Module, pattern: str | None) -> list[str]:
 
 
 def new_rows(model: nn.Module, vocabulary: Vocabulary) -> dict[str, list[int]]:
-    """Ids of controls and image codes by the table or head whose rows of them learn; of a tower's head, its own."""
+    """Ids of controls and image codes by the table or head whose rows of them learn; of a tower's own head, its own."""
     kinds = np.full(model.config.vocab_size, TEXT)
     kinds[: vocabulary.size] = vocabulary.kinds()
     ids = set(np.flatnonzero(kinds != TEXT).tolist())
@@ -60,9 +60,18 @@ def new_rows(model: nn.Module, vocabulary: Vocabulary) -> dict[str, list[int]]:
         chosen = {tower.get_input_embeddings(): ids for tower in (model.text, model.image)}
         for tower, kind in ((model.text, TEXT_HEAD), (model.image, IMAGE_HEAD)):
             own = {id for part in owned_slices(vocabulary, kind) for id in range(part.start, part.stop)}
-            chosen[tower.lm_head] = ids & own
+            chosen[tower.lm_head] = ids if _tied(tower) else ids & own
     names = {module: name for name, module in model.named_modules()}
     return {names[module]: sorted(rows) for module, rows in chosen.items()}
+
+
+def _towers(model: nn.Module) -> list[nn.Module]:
+    separate = isinstance(model, JamCrossForCausalLM) and model.config.tables == "separate"
+    return [model.text, model.image] if separate else []
+
+
+def _tied(tower: nn.Module) -> bool:
+    return tower.lm_head.weight is tower.get_input_embeddings().weight
 
 
 def adapt(bundle: Bundle, lora: LoraSection, seed: int) -> PeftModel:
@@ -85,7 +94,12 @@ def adapt(bundle: Bundle, lora: LoraSection, seed: int) -> PeftModel:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # every rank draws the same
-        return get_peft_model(model, config)
+        tied = [tower for tower in _towers(model) if rows and _tied(tower)]
+        adapted = get_peft_model(model, config)
+    for tower in tied:  # peft ties a model's own table and head, and knows of no towers
+        table, head = (m.token_adapter.trainable_tokens_delta for m in (tower.get_input_embeddings(), tower.lm_head))
+        head["default"] = table["default"]
+    return adapted
 
 
 def save_adapter(adapted: PeftModel, folder: Path) -> None:

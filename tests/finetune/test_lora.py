@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 
 from finetune import checkpoint
@@ -23,7 +24,7 @@ from tests.laws.test_training_laws import StopAfter, final_weights
 from tests.tiny import tiny_pair
 from tests.tiny_cross import tiny_cross
 
-NAMES = ["opt", "untied", "llama", "gemma2", "chameleon", "separate", "shared"]
+NAMES = ["opt", "untied", "llama", "gemma2", "chameleon", "separate", "apart", "shared"]
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         found[family] = tiny_pair(root / family, family=family)[1]
     for tables in ("separate", "shared"):
         found[tables] = tiny_cross(root / tables, text, image, gate=0.5, tables=tables)
+    found["apart"] = tiny_cross(root / "apart", *tiny_pair(root / "two", tie_word_embeddings=False), gate=0.5)
     found["closed"] = tiny_cross(root / "closed", text, image)
     return found
 
@@ -102,7 +104,10 @@ def run_of(tmp_path: Path, model: Path, out: str, **changes) -> FinetuneRecipe:
 
 
 @pytest.mark.parametrize(("name", "precision"), [("opt", "fp32"), ("llama", "bf16"), ("separate", "fp32")])
-def test_a_run_leaves_merged_weights_and_an_adapter_and_resumes_bit_for_bit(folders, tmp_path, name, precision):
+def test_a_run_leaves_merged_weights_and_an_adapter_and_resumes_bit_for_bit(
+    folders, tmp_path, name, precision, monkeypatch
+):
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # which remembers a process's precision
     whole = run_finetune(run_of(tmp_path, folders[name], "whole", precision=precision))
     broken = run_of(tmp_path, folders[name], "broken", precision=precision)
     for stop in (1, 3):
@@ -119,13 +124,13 @@ def test_a_run_leaves_merged_weights_and_an_adapter_and_resumes_bit_for_bit(fold
     PeftModel.from_pretrained(onto.model, whole / "adapter")
     torch.testing.assert_close(logits(onto), logits(load_bundle(whole)), rtol=1e-4, atol=1e-4)
     assert sorted(p.name for p in (whole / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    again = run_finetune(run_of(tmp_path, whole, "again", lora={"new_rows": False}))
+    again = run_finetune(run_of(tmp_path, whole, "again", lora={"new_rows": False}, precision=precision))
     config = json.loads((again / "adapter/adapter_config.json").read_text())
     assert config["trainable_token_indices"] is None and config["base_model_name_or_path"] == str(whole)
 
 
 def test_every_linear_map_is_a_target_but_heads(folders):
-    leaves = {name: {n.split(".")[-1] for n in targets(load_bundle(folders[name]).model, None)} for name in folders if name != "closed"}
+    leaves = {name: {n.split(".")[-1] for n in targets(load_bundle(folders[name]).model, None)} for name in folders.keys() - {"closed"}}
     assert leaves["phi3"] == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
     assert leaves["separate"] == leaves["shared"] <= set(LORA_TARGETS)
     assert leaves["llama"] == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -134,9 +139,12 @@ def test_every_linear_map_is_a_target_but_heads(folders):
 
 
 def test_rows_of_a_towers_head_are_its_own(folders):
-    bundle = load_bundle(folders["separate"])
-    rows, span = new_rows(bundle.model, bundle.vocabulary), bundle.vocabulary.image_span
-    assert len(rows) == 4 and max(rows["text.lm_head"]) < span.start <= max(rows["image.lm_head"])
+    for name in ("separate", "apart"):
+        bundle = load_bundle(folders[name])
+        rows, span = new_rows(bundle.model, bundle.vocabulary), bundle.vocabulary.image_span
+        own = rows["text.lm_head"]
+        assert len(rows) == 4 and (own == rows["text.model.decoder.embed_tokens"]) == (name == "separate")
+        assert (max(own) < span.start) == (name == "apart") and max(rows["image.lm_head"]) == span.stop - 1
 
 
 def test_what_does_not_hold_is_refused_in_one_line(folders, tmp_path):
