@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from finetune.loss import TokenLoss, position_weights, sums
 from finetune.optim import build_optimizer, learning_rate, tables
@@ -55,6 +56,13 @@ def hold_frozen_in_bf16(model: nn.Module) -> None:
             module.to(torch.bfloat16)
 
 
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Only states between layers are kept; backward makes the rest again."""
+    # transformers 5.23 renamed it and warns about the old name
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})  # the reentrant kind loses gradients where a layer's input has none: adapters
+
+
 @dataclass
 class Trainer:
     """Model, optimizer and position of one run."""
@@ -72,6 +80,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.bundle.model.train()
+        if self.recipe.train.checkpointing:
+            checkpoint_layers(self.bundle.model)
         if self.recipe.lora is not None and self.accelerator.distributed_type not in _WHOLE_MODELS:
             raise RunError(
                 f"lora over {self.accelerator.distributed_type.value}, which shards the weights that adapters lie "
@@ -133,8 +143,8 @@ class Trainer:
         loss, z = self.accelerator.reduce(local_loss, "sum").tolist()
         if not math.isfinite(loss + z):
             raise RunError(
-                f"the loss is {loss + z} at step {self.step + 1}; it must be finite; lower optim.lr ({rate:.1g} now) or "
-                "set train.precision: fp32, then run again to resume from the last checkpoint"
+                f"the loss is {loss + z} at step {self.step + 1}; it must be finite; lower optim.lr ({rate:.1g} now) "
+                "or set train.precision: fp32, then run again to resume from the last checkpoint"
             )
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip)
         self.optimizer.step()

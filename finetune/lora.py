@@ -40,8 +40,8 @@ def targets(model: nn.Module, pattern: str | None) -> list[str]:
     for block in sorted({name.rpartition(".")[0] for name in found if name.startswith("cross.")}):
         if not modules[block].gate.any():
             raise RunError(
-                f"lora: the gate of {block} is zero and frozen, so that its adapters would never learn; train the cross "
-                "blocks first (recipes/cross_only.yaml), or leave them out by lora.targets"
+                f"lora: the gate of {block} is zero and frozen, so that its adapters would never learn; train the "
+                "cross blocks first (recipes/cross_only.yaml), or leave them out by lora.targets"
             )
     return found
 

@@ -188,6 +188,9 @@ class TrainSection(Section):
         "auto",
         description="kernel of masked attention: on a CPU the plain one beats sdpa on short sequences (auto: to 512)",
     )
+    checkpointing: bool = Field(
+        False, description="keep the states between layers alone and make the rest again in the backward pass"
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; null leaves them to torch")
     random_offset: bool = Field(
         True, description="draw a start position per document, so that all positions are trained"
@@ -253,6 +256,8 @@ class FinetuneRecipe(Recipe):
         "max_steps": "train.steps",
         "num_steps": "train.steps",
         "bf16": "train.precision",
+        "gradient_checkpointing": "train.checkpointing",
+        "activation_checkpointing": "train.checkpointing",
         "fp16": "train.precision",
         "mixed_precision": "train.precision",
         "torch_dtype": "train.precision",

@@ -24,8 +24,8 @@ from peft import PeftModel
 from pydantic import ValidationError
 
 from finetune import checkpoint
-from finetune.lora import adapt, merged, save_adapter
 from finetune.loop import StepReport, Trainer
+from finetune.lora import adapt, merged, save_adapter
 from finetune.order import ORDER, PackedSource, Plan
 from finetune.recipe import FinetuneRecipe
 from finetune.sources import open_source
@@ -35,7 +35,8 @@ from jam.models.load import Bundle, load_bundle, quiet_transformers
 from jam.plot import loss_curves
 from jam.recipe import dump_recipe
 
-FIXED = ("model", "seed", "data", "objective", "loss", "lora", "optim", "train")  # settings that a resumed run may not change
+# settings that a resumed run may not change
+FIXED = ("model", "seed", "data", "objective", "loss", "lora", "optim", "train")
 
 
 class Interrupted(RunError):
@@ -330,9 +331,7 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
             return _train(run, recipe, trainer, reporter, adapted)
 
 
-def _train(
-    run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter, adapted: PeftModel | None
-) -> Path:
+def _train(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter, adapted: PeftModel | None) -> Path:
     main = trainer.accelerator.is_main_process
     totals = torch.zeros(2 + len(trainer.plan.sources), 2, dtype=torch.float64)
     pending: list[StepReport] = []

@@ -44,9 +44,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def logits(bundle: Bundle) -> torch.Tensor:
     batch = batch_of()
     with torch.no_grad():
-        return bundle.logits(
-            batch.ids, batch.head_ids, attention_mask=batch.mask, position_ids=batch.positions
-        )[0]
+        return bundle.logits(batch.ids, batch.head_ids, attention_mask=batch.mask, position_ids=batch.positions)[0]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -130,12 +128,12 @@ def test_a_run_leaves_merged_weights_and_an_adapter_and_resumes_bit_for_bit(
 
 
 def test_every_linear_map_is_a_target_but_heads(folders):
-    leaves = {name: {n.split(".")[-1] for n in targets(load_bundle(folders[name]).model, None)} for name in folders.keys() - {"closed"}}
+    models = {name: load_bundle(folders[name]).model for name in ("phi3", "llama", "separate", "shared")}
+    leaves = {name: {n.split(".")[-1] for n in targets(model, None)} for name, model in models.items()}
     assert leaves["phi3"] == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
     assert leaves["separate"] == leaves["shared"] <= set(LORA_TARGETS)
     assert leaves["llama"] == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    model = load_bundle(folders["separate"]).model
-    assert all(name.startswith("cross.") for name in targets(model, r"^cross\."))
+    assert all(name.startswith("cross.") for name in targets(models["separate"], r"^cross\."))
 
 
 def test_rows_of_a_towers_head_are_its_own(folders):
@@ -148,7 +146,7 @@ def test_rows_of_a_towers_head_are_its_own(folders):
 
 
 def test_what_does_not_hold_is_refused_in_one_line(folders, tmp_path):
-    with pytest.raises(RunError, match="gate of cross.0.image is zero"):
+    with pytest.raises(RunError, match=r"gate of cross\.0\.image is zero"):
         adapt(load_bundle(folders["closed"]), LoraSection(), seed=0)
     adapt(load_bundle(folders["closed"]), LoraSection(targets=r"^text\."), seed=0)
     with pytest.raises(RunError, match="matches no linear map"):
