@@ -61,7 +61,7 @@ def measure(folder: str, kernel: str, keep: bool, narrow: bool, steps: int) -> d
         mask.expand(rows, 1, length, length),
         torch.zeros(rows, dtype=torch.long),
     )
-    network = TokenLoss(bundle, LossSection(chunk=None))
+    network = TokenLoss(bundle, LossSection())
 
     def wide() -> torch.Tensor:
         logits, _ = bundle.logits(ids, heads, attention_mask=batch.mask, position_ids=batch.positions)

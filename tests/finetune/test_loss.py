@@ -73,7 +73,7 @@ def test_a_head_that_is_no_plain_matrix_is_scored_whole(folders):
 def test_a_token_of_the_other_head_is_an_error_and_no_silent_zero(folders):
     network, batch = TokenLoss(load_bundle(folders["image"]), LossSection()), batch_of()
     batch.head_ids.copy_(1 - batch.head_ids)
-    with pytest.raises(RuntimeError, match="out of bounds"):
+    with pytest.raises(IndexError, match="out of bounds"):
         network(batch)
 
 
