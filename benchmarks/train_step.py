@@ -34,6 +34,7 @@ def measure(folder: str, kernel: str, keep: bool, narrow: bool, steps: int) -> d
 
     from finetune.loss import TokenLoss, cross_entropy
     from finetune.pack import Batch
+    from finetune.recipe import LossSection
     from jam.memory import keep_freed_memory
     from jam.models.heads import allowed_ids
     from jam.models.load import load_bundle
@@ -60,7 +61,7 @@ def measure(folder: str, kernel: str, keep: bool, narrow: bool, steps: int) -> d
         mask.expand(rows, 1, length, length),
         torch.zeros(rows, dtype=torch.long),
     )
-    network = TokenLoss(bundle, "restricted")
+    network = TokenLoss(bundle, LossSection())
 
     def wide() -> torch.Tensor:
         logits, _ = bundle.logits(ids, heads, attention_mask=batch.mask, position_ids=batch.positions)
@@ -70,7 +71,7 @@ def measure(folder: str, kernel: str, keep: bool, narrow: bool, steps: int) -> d
     for _ in range(steps + 1):
         began = time.process_time()
         with torch.autocast("cpu", torch.bfloat16):
-            nats = network(batch) if narrow else wide()
+            nats = network(batch)[0] if narrow else wide()
         nats.mean().backward()
         bundle.model.zero_grad()
         seconds.append(time.process_time() - began)

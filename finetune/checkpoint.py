@@ -8,6 +8,7 @@ one and says so. Tensors are safetensors, numbers JSON; no pickle.
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from jam.errors import RunError
 
 _FILES = ("model.safetensors", "state.json", "train/optimizer.safetensors")  # without which none can be resumed
+
+_ADAPTER = re.compile(r"\.(lora_\w+|trainable_tokens_delta)\.")
 
 
 def _fsync(path: Path) -> None:
@@ -51,10 +54,13 @@ def _digest(path: Path) -> str:
 
 
 def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without second names of tied tensors; trained tensors keep their dtype (float32)."""
+    """The state dict without second names of tied tensors; trained tensors keep their dtype (float32). Of a network
+    under adapters (``finetune.lora``) theirs alone: the rest is the parent's."""
     seen: set[int] = set()
     tensors = {}
-    for name, tensor in model.state_dict().items():
+    state = model.state_dict()
+    state = {name: tensor for name, tensor in state.items() if _ADAPTER.search(name)} or state
+    for name, tensor in state.items():
         if tensor.data_ptr() not in seen or tensor.numel() == 0:
             seen.add(tensor.data_ptr())
             tensors[name] = tensor.detach().contiguous()
@@ -178,11 +184,11 @@ def newest(run: Path, warn) -> Path | None:
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict[str, Tensor] | None]:
     """Puts weights and optimizer back; returns the state and the EMA (None if there is none)."""
     tensors = load_file(folder / "model.safetensors")
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    tied = set(model.state_dict()) - set(_unique_tensors(model))
-    if unexpected or set(missing) - tied:
+    unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
+    missing = _unique_tensors(model).keys() - tensors.keys()
+    if unexpected or missing:
         raise RunError(
-            f"{folder}: {len(set(missing) - tied)} tensors missing, {len(unexpected)} unexpected; "
+            f"{folder}: {len(missing)} tensors missing, {len(unexpected)} unexpected; "
             "it was made with another model, start a new output_dir"
         )
     restore_optimizer(optimizer, load_file(folder / "train/optimizer.safetensors"))

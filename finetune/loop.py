@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from finetune.loss import TokenLoss, position_weights, sums
 from finetune.optim import build_optimizer, learning_rate, tables
@@ -26,12 +27,14 @@ from jam.models.load import Bundle
 
 @dataclass
 class StepReport:
-    """What one step did, over all ranks; ``sums`` as in :func:`finetune.loss.sums`."""
+    """What one step did, over all ranks; ``loss`` is without ``z``, the z-loss times its weight; ``sums`` as in
+    :func:`finetune.loss.sums`."""
 
     step: int
     steps: int
     tokens: int
     loss: float
+    z: float
     grad_norm: float
     lr: float
     seconds: float
@@ -53,6 +56,13 @@ def hold_frozen_in_bf16(model: nn.Module) -> None:
             module.to(torch.bfloat16)
 
 
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Only states between layers are kept; backward makes the rest again."""
+    # transformers 5.23 renamed it and warns about the old name
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})  # the reentrant kind loses gradients where a layer's input has none: adapters
+
+
 @dataclass
 class Trainer:
     """Model, optimizer and position of one run."""
@@ -70,11 +80,18 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.bundle.model.train()
-        self.raw_optimizer = build_optimizer(self.bundle.model, self.recipe.optim)
+        if self.recipe.train.checkpointing:
+            checkpoint_layers(self.bundle.model)
+        if self.recipe.lora is not None and self.accelerator.distributed_type not in _WHOLE_MODELS:
+            raise RunError(
+                f"lora over {self.accelerator.distributed_type.value}, which shards the weights that adapters lie "
+                "over; run on one device or under DDP, or remove lora"
+            )
+        self.raw_optimizer = build_optimizer(self.bundle.model, self.recipe.optim, self.recipe.lora is not None)
         if self.recipe.train.precision == "bf16" and self.accelerator.distributed_type in _WHOLE_MODELS:
             hold_frozen_in_bf16(self.bundle.model)
         self.model, self.optimizer = self.accelerator.prepare(
-            TokenLoss(self.bundle, self.recipe.loss.softmax, self.recipe.objective.own_codes), self.raw_optimizer
+            TokenLoss(self.bundle, self.recipe.loss, self.recipe.objective.own_codes), self.raw_optimizer
         )
         if self.recipe.train.ema is not None and self.ema is None:
             self.ema = {name: p.detach().clone() for name, p in self.bundle.model.named_parameters() if p.requires_grad}
@@ -89,23 +106,24 @@ class Trainer:
         return Batch(*(getattr(batch, n).to(self.accelerator.device) for n in batch.__dataclass_fields__))
 
     def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Gradients of the global loss; returns (loss on this rank's share, sums for the log)."""
+        """Gradients of the global loss; returns (loss and z-loss on this rank's share [2], sums for the log)."""
         recipe, size = self.recipe, self.recipe.train.micro_batch_size
         weights = position_weights(batch, recipe.loss)
         # every rank divides by the weight of all ranks; DDP averages, hence the factor
         total = self.accelerator.reduce(weights.sum().double(), "sum").clamp_min(1e-9)
         scale = self.accelerator.num_processes / total
         logged = torch.zeros(2 + len(self.plan.sources), 2, dtype=torch.float64, device=weights.device)
-        loss = torch.zeros((), dtype=torch.float64, device=weights.device)
+        loss = torch.zeros(2, dtype=torch.float64, device=weights.device)
         count = len(batch.ids)
         for start in range(0, count, size):
             part, last = batch.rows(start, start + size), start + size >= count
             with self.accelerator.autocast(), _sync(self.accelerator, self.model, last):
-                nats = self.model(part)
-                term = (nats.double() * weights[start : start + size]).sum() * scale
-                self.accelerator.backward(term)
-            loss += term.detach()
-            logged += sums(nats, part, len(self.plan.sources))
+                found = self.model(part)
+                terms = (found.double() * weights[start : start + size]).sum((1, 2)) * scale
+                terms = terms * terms.new_tensor([1.0, recipe.loss.z])
+                self.accelerator.backward(terms.sum())
+            loss += terms.detach()
+            logged += sums(found[0], part, len(self.plan.sources))
         return loss / self.accelerator.num_processes, logged
 
     def advance(self) -> StepReport:
@@ -122,11 +140,11 @@ class Trainer:
         batch = self.batch(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         local_loss, logged = self.backward(batch)
-        loss = float(self.accelerator.reduce(local_loss, "sum"))
-        if not math.isfinite(loss):
+        loss, z = self.accelerator.reduce(local_loss, "sum").tolist()
+        if not math.isfinite(loss + z):
             raise RunError(
-                f"the loss is {loss} at step {self.step + 1}; it must be finite; lower optim.lr ({rate:.1g} now) or "
-                "set train.precision: fp32, then run again to resume from the last checkpoint"
+                f"the loss is {loss + z} at step {self.step + 1}; it must be finite; lower optim.lr ({rate:.1g} now) "
+                "or set train.precision: fp32, then run again to resume from the last checkpoint"
             )
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip)
         self.optimizer.step()
@@ -135,7 +153,7 @@ class Trainer:
         self.step += 1
         logged = self.accelerator.reduce(logged, "sum").cpu()
         seconds = time.perf_counter() - began
-        return StepReport(self.step, self.steps, self.tokens, loss, float(norm), rate, seconds, logged)
+        return StepReport(self.step, self.steps, self.tokens, loss, z, float(norm), rate, seconds, logged)
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -6,11 +6,13 @@ vocabulary, N rows of one head, K its own ids.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finetune.chunked import chunked_nats, plain_nats
 from finetune.pack import Batch
 from finetune.recipe import LossSection
 from jam.errors import RunError
@@ -19,12 +21,15 @@ from jam.models.families import FAMILIES
 from jam.models.load import Bundle, Softmax
 from jam.models.masks import masks_for
 from jam.models.span_head import owned_slices, span_scores
-from jam.models.tower import capped
+from jam.models.tower import cap_of, capped
 from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD
 
 
 class TokenLoss(nn.Module):
     """Nats of every token that is learnt: the model as training calls it, so that what wraps it wraps head and loss.
+
+    Beside the nats go the squares of log Z, the softmax's normaliser, whose mean z-loss holds down (PaLM, arXiv
+    2204.02311, section 5; Chameleon, arXiv 2405.09818, section 2.3).
 
     Of [B, T, V] scores a position needs those of its own head, and only where something is predicted. Each head is
     evaluated on these rows and its own ids alone (``benchmarks/train_step.py`` has what that is worth). The result is
@@ -32,16 +37,19 @@ class TokenLoss(nn.Module):
     heads that are not a plain matrix.
 
     Args:
+        loss: ``softmax`` and ``chunk``; ``z`` above 0 asks for the squares.
         own_codes: share of sequences that, in training, read some of their image codes as the model itself draws them.
 
     Raises:
         RunError: one softmax asked of two heads, which share no scale; ``own_codes`` without :attr:`narrow`.
     """
 
-    def __init__(self, bundle: Bundle, softmax: Softmax, own_codes: float = 0.0):
+    def __init__(self, bundle: Bundle, loss: LossSection, own_codes: float = 0.0):
         super().__init__()
-        self.model, self.bundle, self.softmax, self.own_codes = bundle.model, bundle, softmax, own_codes
-        config = bundle.model.config
+        self.model, self.bundle, self.own_codes = bundle.model, bundle, own_codes
+        self.softmax: Softmax = loss.softmax
+        self.chunk, self.z = loss.chunk, loss.z > 0
+        softmax, config = loss.softmax, bundle.model.config
         self.cross = isinstance(bundle.model, JamCrossForCausalLM)
         if softmax == "joint" and self.cross and config.tables == "separate":
             raise RunError(
@@ -49,7 +57,8 @@ class TokenLoss(nn.Module):
                 "use restricted, or a model with one table"
             )
         head = bundle.model.get_output_embeddings()
-        plain = config.model_type in FAMILIES and type(head) is nn.Linear and head.bias is None
+        inner = getattr(head, "original_module", head)  # under an adapter of some rows, which has a weight as well
+        plain = config.model_type in FAMILIES and type(inner) is nn.Linear and inner.bias is None
         self.narrow = softmax == "restricted" and (self.cross or plain)
         if own_codes and not self.narrow:
             raise RunError("objective.own_codes needs loss.softmax: restricted and plain heads; set it to 0")
@@ -62,24 +71,25 @@ class TokenLoss(nn.Module):
         self.register_buffer("image_ids", own, persistent=False)  # of the image head, the last of the two
 
     def forward(self, batch: Batch) -> Tensor:
-        """float32 [B, T] nats, 0 where nothing is learnt."""
+        """Float [2, B, T]: nats and, if z-loss asks for them, squares of log Z; 0 where nothing is learnt."""
         batch = batch.learnt()
         if self.own_codes and self.training:
             batch = self.with_own_codes(batch)
         if not self.narrow:
             inputs = {"attention_mask": batch.mask, "position_ids": batch.positions}
-            return cross_entropy(
-                self.bundle.logits(batch.ids, batch.head_ids, softmax=self.softmax, **inputs)[0], batch
-            )
+            logits_BTV = self.bundle.logits(batch.ids, batch.head_ids, softmax=self.softmax, **inputs)[0]
+            nats_BT = cross_entropy(logits_BTV, batch)
+            squares_BT = log_z_squared(logits_BTV, batch) if self.z else torch.zeros_like(nats_BT)
+            return torch.stack([nats_BT, squares_BT])
         states = self._states(batch)
         heads, labels = batch.head_ids.flatten(), batch.labels.flatten()
-        nats = torch.zeros(labels.shape, device=labels.device)
+        found = torch.zeros((2, *labels.shape), dtype=_precise(states[0]), device=labels.device)
         for kind in self.slices:  # also without rows, so that every step touches every parameter
             at = ((labels >= 0) & (heads == kind)).nonzero()[:, 0]
-            scores_NK = self._head(kind, [state[at] for state in states]).float()
-            own = F.cross_entropy(scores_NK, self.local[kind, labels[at]], reduction="none")
-            nats = nats.index_copy(0, at, own)
-        return nats.view_as(batch.labels)
+            nats_N, log_z_N = self._nats(kind, [state[at] for state in states], self.local[kind, labels[at]])
+            squares_N = log_z_N.square() if self.z else torch.zeros_like(nats_N)
+            found = found.index_copy(1, at, torch.stack([nats_N, squares_N]))
+        return found.view(2, *batch.labels.shape)
 
     @torch.no_grad()
     def with_own_codes(self, batch: Batch) -> Batch:
@@ -125,6 +135,16 @@ class TokenLoss(nn.Module):
         scores_NK = span_scores(states[0], self.model.get_output_embeddings().weight, self.slices[kind])
         return capped(self.model.config, scores_NK)
 
+    def _nats(self, kind: int, states: list[Tensor], targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Nats and log Z of one head's rows, both [N]."""
+        if self.chunk is None or len(targets_N) <= self.chunk:  # one chunk: nothing to make twice
+            return plain_nats(self._head(kind, states), targets_N)
+        if self.cross:
+            read = partial(chunked_nats, targets_N=targets_N, cap=self.model.cap(kind), chunk=self.chunk)
+            return self.model.head(kind, *states, read=read)
+        weight, cap = self.model.get_output_embeddings().weight, cap_of(self.model.config)
+        return chunked_nats(states[0], weight, self.slices[kind], targets_N, cap, self.chunk)
+
 
 def position_weights(batch: Batch, settings: LossSection) -> Tensor:
     """float32 [B, T]: the document's weight times its modality's."""
@@ -133,9 +153,20 @@ def position_weights(batch: Batch, settings: LossSection) -> Tensor:
 
 
 def cross_entropy(logits_BTV: Tensor, batch: Batch) -> Tensor:
-    """float32 [B, T] nats per position, 0 where there is no label."""
-    flat = F.cross_entropy(logits_BTV.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=-1, reduction="none")
+    """Nats per position [B, T], at least float32, 0 where there is no label."""
+    logits_NV = logits_BTV.flatten(0, 1)
+    logits_NV = logits_NV.to(_precise(logits_NV))
+    flat = F.cross_entropy(logits_NV, batch.labels.flatten(), ignore_index=-1, reduction="none")
     return flat.view_as(batch.labels)
+
+
+def log_z_squared(logits_BTV: Tensor, batch: Batch) -> Tensor:
+    """float32 [B, T], 0 where there is no label; Z is the sum of exponentials."""
+    return logits_BTV.to(_precise(logits_BTV)).logsumexp(-1).square() * (batch.labels >= 0)
+
+
+def _precise(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def sums(nats_BT: Tensor, batch: Batch, sources: int) -> Tensor:

@@ -59,7 +59,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
 def tables(model: nn.Module) -> set[int]:
     """Ids of the parameters that are indexed by token or position: tables, and heads that are not tied to one."""
     owners = (m for name, m in model.named_modules() if isinstance(m, nn.Embedding) or name.endswith("lm_head"))
-    return {id(parameter) for owner in owners for parameter in owner.parameters(recurse=False)}
+    found = {id(parameter) for owner in owners for parameter in owner.parameters(recurse=False)}
+    # under an adapter that trains rows (finetune.lora) a table or head lies one module deeper
+    rows = (parameter for name, parameter in model.named_parameters() if ".token_adapter." in name)
+    return found | {id(parameter) for parameter in rows}
 
 
 def _learn_rows(name: str, parameter: nn.Parameter, rows: Sequence[tuple[int, int]], is_table: bool) -> None:
@@ -74,8 +77,11 @@ def _learn_rows(name: str, parameter: nn.Parameter, rows: Sequence[tuple[int, in
     parameter.register_hook(lambda gradient: gradient * learns.to(gradient))
 
 
-def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
-    """One group per (rate factor, decay); factor 0 freezes, vectors are not decayed.
+def build_optimizer(model: nn.Module, optim: OptimSection, adapters: bool = False) -> torch.optim.Optimizer:
+    """One group per (rate factor, decay); factor 0 freezes, vectors and chosen rows are not decayed.
+
+    Args:
+        adapters: what is frozen stays so, and patterns speak of the rest.
 
     Raises:
         RunError: a pattern matches no parameter, nothing is left to train, or rows are named of what is no table.
@@ -85,6 +91,8 @@ def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.Optimi
     matrices: dict[tuple[float, float], list[nn.Parameter]] = {}
     others: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if adapters and not parameter.requires_grad:
+            continue
         rule = next((group for group in optim.groups if re.search(group.match, name)), None)
         unmatched -= {group.match for group in optim.groups if re.search(group.match, name)}
         factor = rule.lr_mul if rule else 1.0
@@ -93,7 +101,8 @@ def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.Optimi
             chosen = rule.rows if rule else None
             if chosen is not None:
                 _learn_rows(name, parameter, chosen, id(parameter) in by_id)
-            decay = optim.weight_decay if parameter.dim() >= 2 and chosen is None else 0.0
+            is_rows = chosen is not None or ".token_adapter." in name
+            decay = optim.weight_decay if parameter.dim() >= 2 and not is_rows else 0.0
             inner = optim.name == "muon" and parameter.dim() == 2 and id(parameter) not in by_id
             (matrices if inner else others).setdefault((factor, decay), []).append(parameter)
     if unmatched:

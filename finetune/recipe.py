@@ -89,6 +89,13 @@ class LossSection(Section):
     softmax: Literal["restricted", "joint"] = Field(
         "restricted", description="restricted: over the ids that the grammar allows in this state; joint: over all ids"
     )
+    z: float = Field(0.0, ge=0.0, description="weight of log(Z)^2, which keeps logits from drifting (1e-5: Chameleon)")
+    chunk: int | None = Field(
+        1024,
+        ge=1,
+        description="positions that a head scores at a time, so that the scores of a large vocabulary never stand "
+        "whole in memory; null is all at once (softmax: restricted)",
+    )
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "LossSection":
@@ -114,6 +121,24 @@ class ParameterGroup(Section):
         if rows is not None and (not rows or any(not 0 <= first < stop for first, stop in rows)):
             raise ValueError(f"found {[list(pair) for pair in rows]}; required: [first, stop] with 0 <= first < stop")
         return rows
+
+
+class LoraSection(Section):
+    """Adapters instead of the weights themselves (peft); ``optim.groups`` then speak of the adapters' parameters."""
+
+    method: Literal["lora", "rslora", "dora"] = Field(
+        "lora", description="lora; rslora: scaled by alpha / sqrt(r); dora: directions, with lengths of their own"
+    )
+    r: int = Field(16, ge=1, description="rank of an adapter")
+    alpha: int = Field(32, ge=1, description="an adapter's product counts alpha / r times")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="share of an adapter's inputs dropped")
+    targets: Pattern | None = Field(
+        None,
+        description="regular expression searched in the names of linear maps; null is all but heads",
+    )
+    new_rows: bool = Field(
+        False, description="the rows of controls and image codes, of every table and head, learn with the adapters"
+    )
 
 
 class OptimSection(Section):
@@ -164,6 +189,9 @@ class TrainSection(Section):
         "auto",
         description="kernel of masked attention: on a CPU the plain one beats sdpa on short sequences (auto: to 512)",
     )
+    checkpointing: bool = Field(
+        False, description="keep the states between layers alone and make the rest again in the backward pass"
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; null leaves them to torch")
     random_offset: bool = Field(
         True, description="draw a start position per document, so that all positions are trained"
@@ -205,6 +233,7 @@ class FinetuneRecipe(Recipe):
     """Train a model on a mix of text and images. Paths are relative to the working directory."""
 
     aliases: ClassVar[dict[str, str]] = {
+        "lr": "optim.lr",
         "learning_rate": "optim.lr",
         "weight_decay": "optim.weight_decay",
         "adam_beta1": "optim.betas",
@@ -229,9 +258,19 @@ class FinetuneRecipe(Recipe):
         "max_steps": "train.steps",
         "num_steps": "train.steps",
         "bf16": "train.precision",
+        "gradient_checkpointing": "train.checkpointing",
+        "activation_checkpointing": "train.checkpointing",
         "fp16": "train.precision",
         "mixed_precision": "train.precision",
         "torch_dtype": "train.precision",
+        "lora_r": "lora",
+        "lora_rank": "lora",
+        "lora_alpha": "lora",
+        "lora_dropout": "lora",
+        "lora_target": "lora",
+        "target_modules": "lora",
+        "use_dora": "lora",
+        "use_rslora": "lora",
         "cutoff_len": "data.seq_len",
         "max_length": "data.seq_len",
         "max_seq_len": "data.seq_len",
@@ -263,10 +302,20 @@ class FinetuneRecipe(Recipe):
     data: DataSection = Field(description="what is read: at least data.mix with one source")
     objective: ObjectiveSection = Field(ObjectiveSection(), description="the CM3 objective")
     loss: LossSection = Field(LossSection(), description="loss weights")
+    lora: LoraSection | None = Field(None, description="train adapters over a frozen model; null trains the model")
     optim: OptimSection = Field(OptimSection(), description="optimizer and schedule")
     train: TrainSection = Field(description="length, batches and arithmetic: at least train.tokens or train.steps")
     save: SaveSection = Field(SaveSection(), description="checkpoints")
     log: LogSection = Field(LogSection(), description="the log")
+
+    @model_validator(mode="after")
+    def _adapters_have_no_rows(self) -> "FinetuneRecipe":
+        if self.lora is not None and any(group.rows is not None for group in self.optim.groups):
+            raise ValueError(
+                "optim.groups name rows, and lora trains adapters; required: one of the two; "
+                "remove rows and write lora.new_rows: true"
+            )
+        return self
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> "FinetuneRecipe":

@@ -20,10 +20,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from pydantic import ValidationError
 
 from finetune import checkpoint
 from finetune.loop import StepReport, Trainer
+from finetune.lora import adapt, merged, save_adapter
 from finetune.order import ORDER, PackedSource, Plan
 from finetune.recipe import FinetuneRecipe
 from finetune.sources import open_source
@@ -33,7 +35,8 @@ from jam.models.load import Bundle, load_bundle, quiet_transformers
 from jam.plot import loss_curves
 from jam.recipe import dump_recipe
 
-FIXED = ("model", "seed", "data", "objective", "loss", "optim", "train")  # settings that a resumed run may not change
+# settings that a resumed run may not change
+FIXED = ("model", "seed", "data", "objective", "loss", "lora", "optim", "train")
 
 
 class Interrupted(RunError):
@@ -174,6 +177,8 @@ def _log_line(trainer: Trainer, reports: list[StepReport], totals: torch.Tensor)
     line |= {
         f"loss/{m}": float(mean) for m, mean, n in zip(("text", "image"), means[:2], summed[:2, 1], strict=True) if n
     }
+    if trainer.recipe.loss.z:
+        line["loss/z"] = sum(r.z for r in reports) / len(reports)
     sources = zip(names, means[2:], summed[2:, 1], strict=True)  # apart: a source may well be named text or image
     line |= {f"loss/source/{name}": float(mean) for name, mean, n in sources if n}
     shares = totals[2:, 1] / totals[2:, 1].sum().clamp_min(1)
@@ -193,17 +198,23 @@ def _model_card(bundle: Bundle, recipe: FinetuneRecipe) -> str:
     return "\n".join(lines)
 
 
-def _write_final(run: Path, bundle: Bundle, recipe: FinetuneRecipe) -> Path:
-    """``final/``: weights in the parent checkpoint's dtype and every side file, appearing by rename."""
+def _write_final(run: Path, bundle: Bundle, recipe: FinetuneRecipe, adapted: PeftModel | None = None) -> Path:
+    """``final/``: weights in the parent checkpoint's dtype and every side file, appearing by rename; of adapters the
+    merged weights, and ``adapter/`` for peft."""
     temporary, final = run / f".final.tmp-{os.getpid()}", run / "final"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
         for item in sorted(bundle.path.iterdir()):
+            if item.is_dir() and item.name == "adapter":
+                continue  # of an earlier training
             if item.is_dir():
                 shutil.copytree(item, temporary / item.name)
             elif not item.name.startswith("model") and item.suffix != ".safetensors":
                 shutil.copy2(item, temporary / item.name)
+        if adapted is not None:
+            save_adapter(adapted, temporary / "adapter")
+            bundle.model = merged(adapted)
         config = json.loads((bundle.path / "config.json").read_text())
         dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
         cast: dict[int, torch.Tensor] = {}  # by storage, so that tied tensors stay one tensor
@@ -309,6 +320,7 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
         context = _context(bundle, recipe)
         opened = [open_source(name, entry, bundle, reporter.stage) for name, entry in recipe.data.mix.items()]
         packed = [PackedSource(s, number, bundle, recipe, context) for number, s in enumerate(opened)]
+        adapted = None if recipe.lora is None else adapt(bundle, recipe.lora, recipe.seed)
         plan = Plan(packed, [entry.weight for entry in recipe.data.mix.values()], recipe.data.seed)
         trainer = Trainer(bundle, plan, recipe, accelerator, total_steps(recipe))
         _resume(run, recipe, trainer, reporter)
@@ -316,10 +328,10 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
             if main:
                 _prepare(run, recipe, source)  # not before: a refused run must not replace the record of the one there
                 _trim_log(run, trainer.step)
-            return _train(run, recipe, trainer, reporter)
+            return _train(run, recipe, trainer, reporter, adapted)
 
 
-def _train(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter) -> Path:
+def _train(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter, adapted: PeftModel | None) -> Path:
     main = trainer.accelerator.is_main_process
     totals = torch.zeros(2 + len(trainer.plan.sources), 2, dtype=torch.float64)
     pending: list[StepReport] = []
@@ -365,4 +377,4 @@ def _train(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Report
         return run / "final"
     (run / "plots").mkdir(exist_ok=True)
     (run / "plots" / "loss.png").write_bytes(loss_curves(run / "log.jsonl"))
-    return _write_final(run, trainer.bundle, recipe)
+    return _write_final(run, trainer.bundle, recipe, adapted)

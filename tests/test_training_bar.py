@@ -11,7 +11,7 @@ from jam.training_bar import TrainingBar
 
 def report(step: int, image_count: float = 2.0) -> StepReport:
     sums = torch.tensor([[6.0, 3.0], [8.0, image_count]], dtype=torch.float64)
-    return StepReport(step, 6, tokens=100 * step, loss=2.0, grad_norm=1.0, lr=1e-3, seconds=0.5, sums=sums)
+    return StepReport(step, 6, tokens=100 * step, loss=2.0, z=0.0, grad_norm=1.0, lr=1e-3, seconds=0.5, sums=sums)
 
 
 def shown(terminal: bool, reports: list[StepReport]) -> str:

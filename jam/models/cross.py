@@ -39,8 +39,8 @@ from jam.models.cross_config import JamCrossConfig
 from jam.models.exchange import CrossBlock, Exchange
 from jam.models.heads import next_heads
 from jam.models.masks import default_positions, mask_for, windowed
-from jam.models.span_head import SpanHead, owned_slices, place, span_scores
-from jam.models.tower import Tower, build_tower
+from jam.models.span_head import Read, SpanHead, owned_slices, place, span_scores
+from jam.models.tower import Tower, build_tower, cap_of
 from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD
 from jam.tokens.vocabulary import Vocabulary
 
@@ -212,24 +212,47 @@ class JamCrossForCausalLM(PreTrainedModel, GenerationMixin):
 
         return mask
 
-    def head(self, kind: int, text_ND: Tensor, image_NE: Tensor, slices: list[slice] | None = None) -> Tensor:
+    def head(
+        self,
+        kind: int,
+        text_ND: Tensor,
+        image_NE: Tensor,
+        slices: list[slice] | None = None,
+        read: Read | None = None,
+    ) -> Any:
         """Logits [N, K] of one head over its own ids only, in the order of ``owned_slices(vocabulary, kind)``.
 
         Args:
             kind: TEXT_HEAD or IMAGE_HEAD.
             text_ND, image_NE: the final states of the same rows.
             slices: fewer of its ids.
+            read: what is made of states, weight and slices instead of logits; :meth:`cap` is then its own matter.
+
+        Raises:
+            ValueError: ``read`` of a head that is wrapped, resized or sharded by rows.
         """
         slices = owned_slices(self.vocabulary, kind) if slices is None else slices
         if self.config.tables == "shared":
             z_ND = self.shared.project(torch.cat([text_ND, image_NE], -1))
-            return span_scores(z_ND, self.shared.embed.weight, slices)
+            return (read or span_scores)(z_ND, self.shared.embed.weight, slices)
         tower, states = (self.text, text_ND) if kind == TEXT_HEAD else (self.image, image_NE)
         head = tower.lm_head
+        if isinstance(getattr(head, "original_module", None), SpanHead):  # peft trains some rows: it makes the weight
+            own = (read or span_scores)(states, head.weight, slices)
+            return Tower(tower).scores(own) if read is None else own
         if isinstance(head, SpanHead) and not isinstance(head.weight, DTensor):
-            return Tower(tower).scores(head(states, slices))
+            return Tower(tower).scores(head(states, slices)) if read is None else head(states, slices, read)
+        if read is not None:
+            raise ValueError(f"a head of class {type(head).__name__} has no weight to read; ask for its logits")
         logits = head(states)  # wrapped (LoRA), resized or sharded by rows: all ids, then its own
         return Tower(tower).scores(torch.cat([logits[..., part] for part in slices], -1))
+
+    def cap(self, kind: int) -> float | None:
+        """What a head's logits are capped at (Gemma2's tower), or None."""
+        if self.config.tables == "shared":
+            return None
+        tower = self.config.text_config if kind == TEXT_HEAD else self.config.image_config
+        return cap_of(tower)
 
     def logits(self, text_BTD: Tensor, image_BTE: Tensor, heads_BT: Tensor) -> Tensor:
         """[..., V]: each position's own head on its own ids, the lowest finite value elsewhere.

@@ -4,6 +4,7 @@ What a head owns are slices of the id space (control + text, or control + image)
 weight and nothing is gathered. Shapes: B batch, T tokens, D model width, K a head's own ids, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,17 +75,21 @@ class _SpanScores(torch.autograd.Function):
         return grad_x, grad_VD, None
 
 
+Read = Callable[[Tensor, Tensor, list[slice]], Any]
+"""What is made of states, a head's weight and slices of its rows; :func:`span_scores` is one."""
+
+
 class SpanHead(nn.Linear):
     """A head without bias that can score some slices of its rows only.
 
     A module and not a function of the weight: sharding and offloading gather a module's weight when it is *called*.
     """
 
-    def forward(self, x_BTD: Tensor, slices: list[slice] | None = None) -> Tensor:
-        """[..., V], or with ``slices`` [..., K] in their order."""
+    def forward(self, x_BTD: Tensor, slices: list[slice] | None = None, read: Read = span_scores) -> Any:
+        """[..., V], or with ``slices`` [..., K] in their order, or what another ``read`` makes of them."""
         if slices is None:
             return super().forward(x_BTD)
-        return span_scores(x_BTD, self.weight, slices)
+        return read(x_BTD, self.weight, slices)
 
 
 def place(own_K: Tensor, slices: list[slice], size: int) -> Tensor:

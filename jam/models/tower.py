@@ -36,9 +36,14 @@ def network_class(model_type: str) -> type[PreTrainedModel]:
     return getattr(transformers, FAMILIES[model_type].architecture)
 
 
+def cap_of(config: PreTrainedConfig) -> float | None:
+    """What a family caps its logits at (Gemma2), or None."""
+    return getattr(config, "final_logit_softcapping", None)
+
+
 def capped(config: PreTrainedConfig, logits: Tensor) -> Tensor:
-    """A head's output as the family scores it (Gemma2 caps it)."""
-    cap = getattr(config, "final_logit_softcapping", None)
+    """A head's output as the family scores it."""
+    cap = cap_of(config)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from finetune.loss import TokenLoss, cross_entropy
 from finetune.pack import Batch, Placed, collate
+from finetune.recipe import LossSection
 from jam.errors import RunError
 from jam.models.load import Bundle, load_bundle
 from jam.tokens.render import IMAGE_HEAD
@@ -43,12 +44,12 @@ def test_the_narrow_loss_and_its_gradients_are_those_of_the_wide_one(folders, na
     bundle, batch = load_bundle(folders[name], torch.float64), batch_of()
     if (name, softmax) == ("separate", "joint"):
         with pytest.raises(RunError, match="two heads"):
-            TokenLoss(bundle, softmax)
+            TokenLoss(bundle, LossSection(softmax=softmax))
         return
-    network = TokenLoss(bundle, softmax)
+    network = TokenLoss(bundle, LossSection(softmax=softmax))
     assert network.narrow == (softmax == "restricted")
     found, gradients = [], []
-    for nats in (network(batch), wide(bundle, batch, softmax)):
+    for nats in (network(batch)[0], wide(bundle, batch, softmax)):
         bundle.model.zero_grad()
         (nats * batch.weights).sum().backward()
         found.append(nats.detach())
@@ -64,20 +65,20 @@ def test_a_head_that_is_no_plain_matrix_is_scored_whole(folders):
     bundle, batch = load_bundle(folders["image"], torch.float64), batch_of()
     head = bundle.model.get_output_embeddings()
     head.bias = torch.nn.Parameter(torch.randn(head.out_features, dtype=torch.float64))
-    network = TokenLoss(bundle, "restricted")
+    network = TokenLoss(bundle, LossSection())
     assert not network.narrow
-    torch.testing.assert_close(network(batch), wide(bundle, batch, "restricted"))
+    torch.testing.assert_close(network(batch)[0], wide(bundle, batch, "restricted"))
 
 
 def test_a_token_of_the_other_head_is_an_error_and_no_silent_zero(folders):
-    network, batch = TokenLoss(load_bundle(folders["image"]), "restricted"), batch_of()
+    network, batch = TokenLoss(load_bundle(folders["image"]), LossSection()), batch_of()
     batch.head_ids.copy_(1 - batch.head_ids)
     with pytest.raises(IndexError, match="out of bounds"):
         network(batch)
 
 
 def test_own_codes_change_what_is_read_and_never_what_is_learnt(folders, monkeypatch):
-    network, batch = TokenLoss(load_bundle(folders["image"]), "restricted", own_codes=1.0), batch_of().learnt()
+    network, batch = TokenLoss(load_bundle(folders["image"]), LossSection(), own_codes=1.0), batch_of().learnt()
     span = network.bundle.vocabulary.image_span
     code = span.start + 3
     at = int(network.local[IMAGE_HEAD, code])
@@ -96,20 +97,20 @@ def test_own_codes_change_what_is_read_and_never_what_is_learnt(folders, monkeyp
 
 def test_own_codes_are_drawn_in_training_alone_and_need_a_narrow_loss(folders):
     bundle, batch = load_bundle(folders["separate"]), batch_of()
-    network = TokenLoss(bundle, "restricted", own_codes=1.0)
-    plain = TokenLoss(bundle, "restricted")(batch)
+    network = TokenLoss(bundle, LossSection(), own_codes=1.0)
+    plain = TokenLoss(bundle, LossSection())(batch)
     assert torch.equal(network.eval()(batch), plain)
     assert not torch.equal(network.train()(batch), plain)
     with pytest.raises(RunError, match="own_codes"):
-        TokenLoss(load_bundle(folders["shared"]), "joint", own_codes=0.5)
+        TokenLoss(load_bundle(folders["shared"]), LossSection(softmax="joint"), own_codes=0.5)
 
 
 @pytest.mark.parametrize("name", ["image", "separate"])
 def test_every_parameter_learns_after_the_first_pass_of_own_codes(folders, name):
     bundle = load_bundle(folders[name], torch.float32)
-    network = TokenLoss(bundle, "restricted", own_codes=1.0).train()
+    network = TokenLoss(bundle, LossSection(), own_codes=1.0).train()
     with torch.autocast("cpu", torch.bfloat16):
-        network(batch_of()).sum().backward()
+        network(batch_of())[0].sum().backward()
     gradients = {n: p.grad for n, p in bundle.model.named_parameters()}
     assert all(g is not None and g.isfinite().all() for g in gradients.values())
     assert all(g.any() for n, g in gradients.items() if n.endswith(("fc1.weight", "fc2.weight")))

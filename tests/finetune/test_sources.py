@@ -12,6 +12,7 @@ from finetune import sources
 from finetune.cm3 import caption_span, mask_spans
 from finetune.loss import TokenLoss
 from finetune.pack import Placed, collate
+from finetune.recipe import LossSection
 from finetune.recipe import Source as SourceRecipe
 from finetune.sources import open_source, pieces
 from jam.document import CodesPart, TextPart
@@ -74,8 +75,8 @@ def test_images_with_sizes_are_learnt_as_squares(tmp_path, kind):
     whole = mask_spans(tokens, caption_span(tokens), sized.vocabulary)
     assert len(whole) == len(tokens) + 2
     batch = collate([[Placed(tokens, 0), Placed(whole, 3)]], [0], 2 * len(tokens) + 5, 1)
-    network = TokenLoss(sized, "restricted").train()
-    nats = network(batch)
+    network = TokenLoss(sized, LossSection()).train()
+    nats = network(batch)[0]
     learnt = (batch.labels >= 0) & (batch.weights > 0)
     assert (nats[learnt] > 0).all() and torch.isfinite(nats).all()
     nats.sum().backward()
