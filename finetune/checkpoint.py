@@ -17,18 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from jam.errors import RunError
+from jam.shards import sync_path
 
 _FILES = ("model.safetensors", "state.json", "train/optimizer.safetensors")  # without which none can be resumed
 
 _ADAPTER = re.compile(r"\.(lora_\w+|trainable_tokens_delta)\.")
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def discard(folder: Path) -> None:
@@ -117,13 +110,13 @@ def save(
         }
         (temporary / "MANIFEST.json").write_text(json.dumps(manifest, indent=2) + "\n")
         for path in [*files, temporary / "MANIFEST.json"]:
-            _fsync(path)
+            sync_path(path)
         (temporary / "COMPLETE").write_text("")
         for folder in (temporary / "train", temporary):
-            _fsync(folder)
+            sync_path(folder)
         discard(final)
         os.rename(temporary, final)
-        _fsync(run)
+        sync_path(run)
         link = run / ".last.tmp"
         link.unlink(missing_ok=True)
         link.symlink_to(final.name)

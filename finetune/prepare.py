@@ -22,6 +22,7 @@ from finetune.shards import FORMAT, RECORD, Counts, Identity, ShardWriter, dtype
 from jam import __version__
 from jam.errors import DataError
 from jam.journal import JOURNAL, Journal, Lock, Shard, check_parents, partial_folder
+from jam.shards import sync_path
 
 LISTED = 20  # bad rows of one error
 
@@ -199,14 +200,6 @@ def _finish(job: Job, progress: _Progress) -> None:
     progress.writer.drop()
     replace_file(progress.folder / RECORD, (json.dumps(record, indent=2) + "\n").encode())
     (progress.folder / JOURNAL).unlink()
-    _sync(progress.folder)
+    sync_path(progress.folder)
     os.rename(progress.folder, job.out)
-    _sync(job.out.absolute().parent)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_path(job.out.absolute().parent)

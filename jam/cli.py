@@ -15,9 +15,8 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 import typer
 
@@ -37,61 +36,14 @@ app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
 
 
-class Method(StrEnum):
-    """Merge methods, as `merge.recipe.MergeRecipe.method` names them."""
-
-    uniform = "uniform"
-    width = "width"
-    cross = "cross"
-
-
-class Mode(StrEnum):
-    """What a reply may hold."""
-
-    interleaved = "interleaved"
-    text = "text"
-    image = "image"
-    free = "free"
-
-
-class Rank(StrEnum):
-    """How a model ranks candidates, as `jam.decode.candidates.Rank` names it."""
-
-    likelihood = "likelihood"
-    ratio = "ratio"
-
-
-class Numbers(StrEnum):
-    """What weights are kept in, as `jam.running.Numbers` names it."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Guidance(StrEnum):
-    """How an image is pulled towards its prompt, as `jam.decode.options.Guidance` names it."""
-
-    cfg = "cfg"
-    cd_k = "cd_k"
-
-
-class Kind(StrEnum):
-    """Recipe schemas."""
-
-    merge = "merge"
-    finetune = "finetune"
-
-
-class SourceKind(StrEnum):
-    """What `jam convert` reads, as `jam.convert.run.SourceKind` names it."""
-
-    vqgan = "vqgan"
-    chameleon = "chameleon"
-    metaseq = "metaseq"
-    transformers = "transformers"
-
+# the same words as the modules have that these come to, which load torch; a test holds them equal
+Method = Literal["uniform", "width", "cross"]
+Mode = Literal["interleaved", "text", "image", "free"]
+Rank = Literal["likelihood", "ratio"]
+Numbers = Literal["auto", "float32", "bfloat16", "float16"]
+Guidance = Literal["cfg", "cd_k"]
+Kind = Literal["merge", "finetune"]
+SourceKind = Literal["vqgan", "chameleon", "metaseq", "transformers"]
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides of the recipe, e.g. train.tokens=500_000.")
@@ -252,7 +204,7 @@ def chat(
     image_guidance_scale: ImageGuidanceScale = None,
     jacobi_window: JacobiWindow = None,
     device: Device = "auto",
-    dtype: Dtype = Numbers.auto,
+    dtype: Dtype = "auto",
     compiled: Compile = False,
     out: Annotated[
         Path, typer.Option(help="Images and saved conversations go to a new folder in it, chat-<time>.")
@@ -267,7 +219,7 @@ def chat(
 
     run_chat(
         path,
-        running=Running(device, dtype.value, compiled),
+        running=Running(device, dtype, compiled),
         out=out,
         images_inline=images_inline,
         seed=seed,
@@ -279,7 +231,7 @@ def chat(
         image_size=image_size,
         image_top_k=image_top_k,
         text_repetition_penalty=repetition_penalty,
-        guidance=None if guidance is None else guidance.value,
+        guidance=guidance,
         guidance_scale=guidance_scale,
         image_guidance_scale=image_guidance_scale,
         jacobi_window=jacobi_window,
@@ -333,7 +285,7 @@ def generate(
     image_guidance_scale: ImageGuidanceScale = None,
     jacobi_window: JacobiWindow = None,
     device: Device = "auto",
-    dtype: Dtype = Numbers.auto,
+    dtype: Dtype = "auto",
     compiled: Compile = False,
 ) -> None:
     """Write one reply to a prompt as out.json and PNG files, in order."""
@@ -342,14 +294,14 @@ def generate(
 
     run_generate(
         path,
-        running=Running(device, dtype.value, compiled),
+        running=Running(device, dtype, compiled),
         prompt=prompt,
         images=image or [],
         out=out,
         candidates=candidates,
-        rank=None if rank is None else rank.value,
+        rank=rank,
         clip=clip,
-        mode=None if mode is None else mode.value,
+        mode=mode,
         stop=None if stop is None else tuple(stop),
         max_images=max_images,
         max_tokens=max_tokens,
@@ -362,7 +314,7 @@ def generate(
         image_size=image_size,
         image_top_k=image_top_k,
         text_repetition_penalty=repetition_penalty,
-        guidance=None if guidance is None else guidance.value,
+        guidance=guidance,
         guidance_scale=guidance_scale,
         image_guidance_scale=image_guidance_scale,
         jacobi_window=jacobi_window,
@@ -415,7 +367,7 @@ def convert(
     """
     from jam.convert.run import run_convert
 
-    run_convert(source, out, kind.value if kind else None, config)
+    run_convert(source, out, kind, config)
 
 
 @app.command()
@@ -441,8 +393,8 @@ def check(
     """Check a recipe: every mistake at once, with file and line."""
     from jam.recipe import dump_recipe, load_recipe, recipe_kind
 
-    kind = recipe_kind(file, [kind.value for kind in Kind])
-    recipe = load_recipe(file, _schema_of(Kind(kind)), overrides or [])
+    kind = recipe_kind(file, list(get_args(Kind)))
+    recipe = load_recipe(file, _schema_of(kind), overrides or [])
     typer.echo(dump_recipe(recipe) if show else f"{file}: a valid {kind} recipe", nl=not show)
 
 
@@ -458,7 +410,7 @@ def _schema_of(kind: Kind) -> type:
     from finetune.recipe import FinetuneRecipe
     from merge.recipe import MergeRecipe
 
-    return {Kind.merge: MergeRecipe, Kind.finetune: FinetuneRecipe}[kind]
+    return {"merge": MergeRecipe, "finetune": FinetuneRecipe}[kind]
 
 
 def _recipe_and_overrides(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:

@@ -1,8 +1,7 @@
 """The verbs of ``jam data``; as in ``jam.cli`` nothing is computed here and imports wait for the verb."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,16 +12,7 @@ app = typer.Typer(
 )
 
 
-class Reader(StrEnum):
-    """Forms of data, as `finetune.readers.FORMS` names them."""
-
-    text = "text"
-    captions = "captions"
-    messages = "messages"
-    interleaved = "interleaved"
-    codes = "codes"
-
-
+Reader = Literal["text", "captions", "messages", "interleaved", "codes"]  # as finetune.readers.FORMS names them
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A prepared folder.")]
 MediaRoot = Annotated[Path | None, typer.Option(help="Folder of the images; default: that of the data.")]
 ImageMap = Annotated[Path | None, typer.Option(help='Lines {"url", "path"}: where images named by URL are.')]
@@ -54,7 +44,7 @@ def prepare(
     from finetune.rendering import Reading
     from jam.data import run_prepare
 
-    reading = Reading(source, reader.value, media_root, image_map, own_sizes)
+    reading = Reading(source, reader, media_root, image_map, own_sizes)
     run_prepare(reading, model, out, workers=workers, shard_mb=shard_mb, skip_bad=skip_bad)
 
 
@@ -74,7 +64,7 @@ def check(
     from finetune.rendering import Reading
     from jam.data import run_check
 
-    reading = None if reader is None else Reading(source, reader.value, media_root, image_map, own_sizes)
+    reading = None if reader is None else Reading(source, reader, media_root, image_map, own_sizes)
     run_check(reading, source, model, workers)
 
 

@@ -231,7 +231,7 @@ class ShardWriter:
             if sha256 is not None:
                 self.digests[self._shard] = sha256
             if self.key is not None:
-                _fsync_path(self.folder)
+                sync_path(self.folder)
                 self._journal.add(Shard.of(self.folder / self._shard, sha256))
             self.written |= {spec.name for spec in self.shards[self._shard]}
 
@@ -264,7 +264,7 @@ class ShardWriter:
             raise CheckpointError(
                 f"{self.out}: the output was filled during the work; an empty or new folder is required, {state}"
             ) from None
-        _fsync_path(self.out.parent)
+        sync_path(self.out.parent)
 
 
 def copy_tensors(source: Checkpoint, folder: Path, rows: Mapping[str, np.ndarray]) -> None:
@@ -371,11 +371,11 @@ def sync_tree(folder: Path, done: Collection[str] = ()) -> None:
     folders = [Path(parent) for parent, _, _ in os.walk(folder)]
     files = [file for parent in folders for file in parent.iterdir() if file.is_file() and file.name not in done]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(_fsync_path, files))
-        list(pool.map(_fsync_path, folders))
+        list(pool.map(sync_path, files))
+        list(pool.map(sync_path, folders))
 
 
-def _fsync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -6,6 +6,7 @@ A decoder scores the codes of an image for rows that draw and text for rows that
 Shapes: B batch, T tokens, S key slots, K codes, V vocabulary, N any leading dimensions.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -60,6 +61,8 @@ def readout(model: PreTrainedModel, vocabulary: Vocabulary) -> Readout:
 
 
 class _Readout:
+    run: Callable[..., States]  # the network itself, nothing around it; each subclass has its own
+
     def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary):
         self.model, self.vocabulary = model, vocabulary
         self._packed: dict[str, Rows] = {}
@@ -77,10 +80,6 @@ class _Readout:
         """What ``run`` is called with."""
         mask = masks_for(self.model.config, mask_B1TS, self.model.dtype, cache, ids_BT.shape[1])
         return self._call(ids_BT, mask, positions_BT, cache)
-
-    def run(self, **given: Any) -> States:
-        """The network itself, nothing around it."""
-        raise NotImplementedError
 
     def start(self, prompts: SlotCache, rows: Tensor, filled: int, slots: int) -> SlotCache:
         prompts.take(rows, filled, slots)

@@ -5,13 +5,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import jam.cli
-from jam import __version__
+from jam import __version__, cli, running
 from jam.cli import main
+from jam.convert import run as convert
+from jam.decode import candidates, grammar, options
 from jam.errors import MergeError, RunError
+from merge.recipe import MergeRecipe
 
 ROOT = Path(__file__).parent.parent.parent
 GOOD = """kind: finetune
@@ -271,3 +275,16 @@ def test_an_interrupted_run_is_no_error(failing, capsys: pytest.CaptureFixture[s
     failing(Stopped("stopped at step 3; the same command resumes"))
     assert main(["inspect", "a"]) == 143
     assert capsys.readouterr().err == "stopped at step 3; the same command resumes\n"
+
+
+def test_words_of_flags_are_those_of_the_modules() -> None:
+    """The command line cannot import them, since they load torch."""
+    words = {
+        cli.Mode: get_args(grammar.Mode),
+        cli.Rank: get_args(candidates.Rank),
+        cli.Guidance: get_args(options.Guidance),
+        cli.Numbers: get_args(running.Numbers),
+        cli.SourceKind: tuple(kind.value for kind in convert.SourceKind),
+        cli.Method: get_args(MergeRecipe.model_fields["method"].annotation),
+    }
+    assert all(set(get_args(said)) == set(known) for said, known in words.items()), words

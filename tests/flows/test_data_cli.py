@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) 
 
 
 def test_the_readers_of_the_door_are_those_of_the_house():
-    assert [reader.value for reader in Reader] == list(FORMS)
+    assert list(get_args(Reader)) == list(FORMS)
 
 
 def test_prepare_check_stats_show(tmp_path, talk, model, capsys):
