@@ -243,9 +243,11 @@ def prepare_ids(
         rules = rules_of(bundle, own, hole)
         left = context - len(tokens)
         if left < rules.needed_tokens:
+            drawn = 0 if bundle.vocabulary.image_span is None else len(_images_of(bundle, tokens))
+            in_images, what = (f", {drawn} of them in images,", "images") if drawn else ("", "turns")
             raise GenerationError(
-                f"{where}the prompt has {len(tokens)} tokens and the model's context {context}; the reply needs room "
-                f"for {rules.needed_tokens} more; shorten the prompt or leave turns out"
+                f"{where}the prompt has {len(tokens)} tokens{in_images} and the model's context {context}; the reply "
+                f"needs room for {rules.needed_tokens} more; shorten the prompt or leave {what} out"
             )
         most = budget(rules, own)
         if most < rules.needed_tokens:

@@ -210,3 +210,10 @@ def test_a_reply_has_room_for_its_images_by_default(bundle: Bundle) -> None:
     assert budget(rules, SamplingOptions(max_tokens=7)) == 7
     ten = replace(rules, max_images=10)
     assert budget(ten, SamplingOptions(max_images=10)) == 400 + 10 * (CODES_PER_IMAGE + 2)
+
+
+def test_more_images_than_fit_are_counted(bundle: Bundle) -> None:
+    images = Document(tuple(CodesPart((0,) * CODES_PER_IMAGE, "user") for _ in range(60)))
+    words = r"tokens, 360 of them in images, and the model's context 256; .* leave images out"
+    with pytest.raises(GenerationError, match=words):
+        generate(bundle, [images])
