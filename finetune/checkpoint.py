@@ -3,25 +3,39 @@
 Written to a temporary sibling, every file fsynced, listed with size and SHA-256 in MANIFEST.json, COMPLETE last, then
 renamed. ``newest`` trusts only a folder whose COMPLETE is there and whose files verify; it falls back to the next older
 one and says so. Tensors are safetensors, numbers JSON; no pickle.
+
+The format knows nothing of ranks: tensors are whole and named by their parameters. Where they lie in shards, all ranks
+take part in reading out one after another; the first rank writes, and never holds more than one.
 """
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from finetune.engines import Engine, Whole, laid_as, whole
+from finetune.ranks import Ranks
 from jam.errors import RunError
-from jam.shards import sync_path
+from jam.shard_file import ShardFile
+from jam.shards import header_of, sync_path
 
 _FILES = ("model.safetensors", "state.json", "train/optimizer.safetensors")  # without which none can be resumed
 
 _ADAPTER = re.compile(r"\.(lora_\w+|trainable_tokens_delta)\.")
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+}
 
 
 def discard(folder: Path) -> None:
@@ -33,96 +47,105 @@ def discard(folder: Path) -> None:
         shutil.rmtree(hidden)
 
 
-def share(folder: Path) -> None:
-    """Gives safetensors files, which are written for their owner alone, the mode that the umask gives others."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in folder.rglob("*.safetensors"):
-        path.chmod(0o666 & ~mask)
-
-
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without second names of tied tensors; trained tensors keep their dtype (float32). Of a network
-    under adapters (``finetune.lora``) theirs alone: the rest is the parent's."""
-    seen: set[int] = set()
-    tensors = {}
-    state = model.state_dict()
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and kept buffers under one name each, in their own type (float32). Of a network under adapters
+    (``finetune.lora``) theirs alone: the rest is the parent's."""
+    state = model.state_dict(keep_vars=True)
     state = {name: tensor for name, tensor in state.items() if _ADAPTER.search(name)} or state
-    for name, tensor in state.items():
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            seen.add(tensor.data_ptr())
-            tensors[name] = tensor.detach().contiguous()
-    return tensors
+    first = {id(tensor): name for name, tensor in reversed(state.items())}
+    return {name: tensor for name, tensor in state.items() if first[id(tensor)] == name}
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Adam's state as named tensors: ``<parameter index>.<key>``."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Puts :func:`optimizer_tensors` back; the parameter groups must be those of the saved run.
+def write_tensors(path: Path, tensors: dict[str, Whole], writes: bool) -> str | None:
+    """One safetensors file, tensor by tensor; its SHA-256 on the rank that writes.
 
-    Raises:
-        RunError: the state does not cover the optimizer's parameters.
+    What goes wrong while writing is raised after the last tensor: the other ranks wait in each.
     """
-    entries: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        entries.setdefault(int(index), {})[key] = tensor
-    expected = sum(len(group["params"]) for group in optimizer.param_groups)
-    if tensors and len(entries) != expected:
-        raise RunError(
-            f"the checkpoint's optimizer covers {len(entries)} parameters, this run trains {expected}; "
-            "resume with the recipe it was made with, or start a new output_dir"
-        )
-    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+    failed: Exception | None = None
+    file: ShardFile | None = None
+    try:
+        if writes:
+            try:
+                file = ShardFile(path, hashed=True)
+                sizes = {name: (_DTYPES[t.dtype], t.shape, _bytes(t)) for name, t in tensors.items()}
+                file.append(header_of(sizes))
+            except Exception as error:
+                failed = error
+        for tensor in tensors.values():
+            found = tensor.read()
+            if file is not None and failed is None:
+                try:
+                    file.append(found.reshape(-1).view(torch.uint8).numpy().data)
+                except Exception as error:
+                    failed = error
+        if failed is not None:
+            raise failed
+        done, file = file, None
+        return None if done is None else done.finish()
+    finally:
+        if file is not None:
+            file.drop()
+
+
+def _bytes(tensor: Whole) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def save(
-    run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ema: dict[str, Tensor] | None, state: dict
+    run: Path, step: int, model: nn.Module, engine: Engine, ema: dict[str, Tensor] | None, state: dict, ranks: Ranks
 ) -> Path:
-    """Writes ``checkpoint-<step>`` and points ``last`` at it.
+    """Writes ``checkpoint-<step>`` and points ``last`` at it; for every rank at once.
 
     Raises:
         RunError: the disk is full or the folder cannot be written; earlier checkpoints stay as they are.
     """
     final = run / f"checkpoint-{step}"
     temporary = run / f".checkpoint-{step}.tmp-{os.getpid()}"
+    moments = {name: engine.moments(parameter) for name, parameter in _trained(model).items()}
+    files = {
+        "model.safetensors": {name: engine.weight(tensor) for name, tensor in own_tensors(model).items()},
+        "train/optimizer.safetensors": {
+            f"{n}.{key}": found for n, one in moments.items() for key, found in one.items()
+        },
+    }
+    if ema is not None:
+        files["train/ema.safetensors"] = {name: whole(tensor) for name, tensor in ema.items()}
+    with ranks.together():
+        _save(final, temporary, files, {"step": step, **state}, ranks.first)
+    return final
+
+
+def _save(final: Path, temporary: Path, files: dict[str, dict[str, Whole]], state: dict, writes: bool) -> None:
+    run = final.parent
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "train").mkdir(parents=True)
-        save_file(_unique_tensors(model), temporary / "model.safetensors")
-        save_file(optimizer_tensors(optimizer), temporary / "train/optimizer.safetensors")
-        if ema is not None:
-            save_file({name: tensor.contiguous() for name, tensor in ema.items()}, temporary / "train/ema.safetensors")
-        share(temporary)
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        manifest = {
-            str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": _digest(path)} for path in files
-        }
-        (temporary / "MANIFEST.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        for path in [*files, temporary / "MANIFEST.json"]:
-            sync_path(path)
-        (temporary / "COMPLETE").write_text("")
-        for folder in (temporary / "train", temporary):
-            sync_path(folder)
-        discard(final)
-        os.rename(temporary, final)
-        sync_path(run)
-        link = run / ".last.tmp"
-        link.unlink(missing_ok=True)
-        link.symlink_to(final.name)
-        os.replace(link, run / "last")
+        failed: Exception | None = None
+        if writes:
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                (temporary / "train").mkdir(parents=True)
+            except Exception as error:
+                failed = error
+        digests: dict[str, str | None] = {}
+        for name, tensors in files.items():  # every rank to the end, whatever failed on the one that writes
+            try:
+                digests[name] = write_tensors(temporary / name, tensors, writes and failed is None)
+            except Exception as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+        if writes:
+            _complete(final, temporary, digests, state)
     except Exception as error:
-        # safetensors reports a full disk as its own error class; whatever it was, nothing half-written stays
+        # whatever it was, nothing half-written stays
         shutil.rmtree(temporary, ignore_errors=True)  # before the room is measured
         free = shutil.disk_usage(run).free
         raise RunError(
@@ -131,7 +154,29 @@ def save(
         ) from error
     finally:  # also when a second Ctrl+C ends it
         shutil.rmtree(temporary, ignore_errors=True)
-    return final
+
+
+def _complete(final: Path, temporary: Path, digests: dict[str, str | None], state: dict) -> None:
+    """State and manifest, COMPLETE, and the folder under its name."""
+    (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    digests = digests | {"state.json": _digest(temporary / "state.json")}
+    manifest = {
+        name: {"size": (temporary / name).stat().st_size, "sha256": digest} for name, digest in sorted(digests.items())
+    }
+    (temporary / "MANIFEST.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    for name in ("state.json", "MANIFEST.json"):  # the tensors are on disk
+        sync_path(temporary / name)
+    (temporary / "COMPLETE").write_text("")
+    for folder in (temporary / "train", temporary):
+        sync_path(folder)
+    discard(final)
+    os.rename(temporary, final)
+    run = final.parent
+    sync_path(run)
+    link = run / ".last.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    os.replace(link, run / "last")
 
 
 def verify(folder: Path) -> str | None:
@@ -174,19 +219,40 @@ def newest(run: Path, warn) -> Path | None:
     return None
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict[str, Tensor] | None]:
-    """Puts weights and optimizer back; returns the state and the EMA (None if there is none)."""
-    tensors = load_file(folder / "model.safetensors")
-    unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
-    missing = _unique_tensors(model).keys() - tensors.keys()
-    if unexpected or missing:
-        raise RunError(
-            f"{folder}: {len(missing)} tensors missing, {len(unexpected)} unexpected; "
-            "it was made with another model, start a new output_dir"
-        )
-    restore_optimizer(optimizer, load_file(folder / "train/optimizer.safetensors"))
-    ema = folder / "train/ema.safetensors"
-    return json.loads((folder / "state.json").read_text()), load_file(ema) if ema.exists() else None
+def load(folder: Path, model: nn.Module, engine: Engine) -> tuple[dict, dict[str, Tensor] | None]:
+    """Puts weights and optimizer back, tensor by tensor; returns the state and the EMA (None if there is none).
+
+    Raises:
+        RunError: the checkpoint is of another model, or its optimizer of other parameters.
+    """
+    own, trained = own_tensors(model), _trained(model)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        missing, unexpected = own.keys() - file.keys(), file.keys() - own.keys()
+        if unexpected or missing:
+            raise RunError(
+                f"{folder}: {len(missing)} tensors missing, {len(unexpected)} unexpected; "
+                "it was made with another model, start a new output_dir"
+            )
+        for name, tensor in own.items():
+            engine.put_weight(tensor, file.get_tensor(name))
+    with safe_open(folder / "train/optimizer.safetensors", "pt") as file:
+        keys: dict[str, list[str]] = {}
+        for name in file.keys():  # noqa: SIM118  (no mapping)
+            parameter, _, key = name.rpartition(".")
+            keys.setdefault(parameter, []).append(key)
+        if keys and keys.keys() != trained.keys():
+            raise RunError(
+                f"the checkpoint's optimizer covers {len(keys)} parameters, this run trains {len(trained)}, not the "
+                "same; resume with the recipe and the jam that made it, or start a new output_dir"
+            )
+        for name in keys:
+            engine.put_moments(trained[name], {key: file.get_tensor(f"{name}.{key}") for key in keys[name]})
+    state = json.loads((folder / "state.json").read_text())
+    path = folder / "train/ema.safetensors"
+    if not path.exists():
+        return state, None
+    with safe_open(path, "pt") as file:
+        return state, {name: laid_as(file.get_tensor(name), trained[name]) for name in file.keys()}  # noqa: SIM118
 
 
 def rotate(run: Path, keep: int) -> None:

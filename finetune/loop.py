@@ -1,4 +1,4 @@
-"""The training loop, on accelerate for device, autocast and processes.
+"""The training loop, on accelerate for device and processes; finetune.engines has how the model lies on them.
 
 One optimizer step: sequences t = step * G .. (step + 1) * G - 1 of the plan (this rank takes every world-th) ->
 micro-batches -> sums of weighted loss divided by the global weight -> clip -> optimizer -> EMA. Everything random is
@@ -7,19 +7,19 @@ keyed by the step, so a resumed run repeats the uninterrupted one bit for bit at
 
 import math
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from finetune.engines import Engine, engine_for
 from finetune.loss import TokenLoss, position_weights, sums
 from finetune.optim import build_optimizer, learning_rate, tables
 from finetune.order import Plan
 from finetune.pack import Batch, collate
+from finetune.ranks import Ranks
 from finetune.recipe import FinetuneRecipe
 from jam.errors import RunError
 from jam.models.load import Bundle
@@ -39,9 +39,6 @@ class StepReport:
     lr: float
     seconds: float
     sums: Tensor
-
-
-_WHOLE_MODELS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # no sharded parameters
 
 
 def hold_frozen_in_bf16(model: nn.Module) -> None:
@@ -72,29 +69,53 @@ class Trainer:
     recipe: FinetuneRecipe
     accelerator: Accelerator
     steps: int
+    ranks: Ranks = field(default_factory=Ranks)
     step: int = 0
     tokens: int = 0
     ema: dict[str, Tensor] | None = None
+    engine: Engine = field(init=False)
     model: nn.Module = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.bundle.model.train()
-        if self.recipe.train.checkpointing:
-            checkpoint_layers(self.bundle.model)
-        if self.recipe.lora is not None and self.accelerator.distributed_type not in _WHOLE_MODELS:
+        recipe, network = self.recipe, self.bundle.model
+        network.train()
+        if recipe.train.checkpointing:
+            checkpoint_layers(network)
+        self.engine = engine_for(self.accelerator, recipe.train.precision == "bf16")
+        self._check()
+        loss = TokenLoss(self.bundle, recipe.loss, recipe.objective.own_codes)
+        self.model, self.optimizer = self.engine.wrap(loss, self._build)
+        if recipe.train.ema is not None and self.ema is None:
+            self.ema = {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
+
+    def _check(self) -> None:
+        """Raises RunError for what cannot be shared out over these ranks, or does not hold for shards."""
+        recipe, world = self.recipe, self.accelerator.num_processes
+        if recipe.train.global_batch_size % world:
             raise RunError(
-                f"lora over {self.accelerator.distributed_type.value}, which shards the weights that adapters lie "
-                "over; run on one device or under DDP, or remove lora"
+                f"train.global_batch_size is {recipe.train.global_batch_size} for {world} processes; a multiple of "
+                "them is required, so that every rank makes as many passes; change one of the two"
             )
-        self.raw_optimizer = build_optimizer(self.bundle.model, self.recipe.optim, self.recipe.lora is not None)
-        if self.recipe.train.precision == "bf16" and self.accelerator.distributed_type in _WHOLE_MODELS:
+        if not self.engine.shards:
+            return
+        rows = any(group.rows is not None for group in recipe.optim.groups)
+        found = {
+            "lora": recipe.lora is not None,
+            "optim.groups with rows": rows,
+            "optim.name: muon": recipe.optim.name == "muon",
+        }
+        if wrong := [name for name, asked in found.items() if asked]:
+            raise RunError(
+                f"{wrong[0]} over {self.engine.name}, which shards the weights that it needs whole; run on one device "
+                "or under DDP, or remove it"
+            )
+
+    def _build(self) -> torch.optim.Optimizer:
+        optimizer = build_optimizer(self.bundle.model, self.recipe.optim, self.recipe.lora is not None)
+        if self.recipe.train.precision == "bf16" and not self.engine.shards:
             hold_frozen_in_bf16(self.bundle.model)
-        self.model, self.optimizer = self.accelerator.prepare(
-            TokenLoss(self.bundle, self.recipe.loss, self.recipe.objective.own_codes), self.raw_optimizer
-        )
-        if self.recipe.train.ema is not None and self.ema is None:
-            self.ema = {name: p.detach().clone() for name, p in self.bundle.model.named_parameters() if p.requires_grad}
+        return optimizer
 
     def batch(self, step: int) -> Batch:
         """This rank's sequences of a step."""
@@ -117,11 +138,11 @@ class Trainer:
         count = len(batch.ids)
         for start in range(0, count, size):
             part, last = batch.rows(start, start + size), start + size >= count
-            with self.accelerator.autocast(), _sync(self.accelerator, self.model, last):
+            with self.engine.micro_batch(self.model, last):
                 found = self.model(part)
                 terms = (found.double() * weights[start : start + size]).sum((1, 2)) * scale
                 terms = terms * terms.new_tensor([1.0, recipe.loss.z])
-                self.accelerator.backward(terms.sum())
+                self.engine.backward(terms.sum(), last)
             loss += terms.detach()
             logged += sums(found[0], part, len(self.plan.sources))
         return loss / self.accelerator.num_processes, logged
@@ -137,7 +158,8 @@ class Trainer:
         rate = learning_rate(self.recipe.optim, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        batch = self.batch(self.step)
+        with self.ranks.together():  # a document that cannot be used is on one rank alone
+            batch = self.batch(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         local_loss, logged = self.backward(batch)
         loss, z = self.accelerator.reduce(local_loss, "sum").tolist()
@@ -146,14 +168,14 @@ class Trainer:
                 f"the loss is {loss + z} at step {self.step + 1}; it must be finite; lower optim.lr ({rate:.1g} now) "
                 "or set train.precision: fp32, then run again to resume from the last checkpoint"
             )
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip)
+        norm = self.engine.clip(self.model, self.recipe.optim.clip)
         self.optimizer.step()
         self._average()
         self.tokens += int(self.accelerator.reduce(torch.tensor(batch.tokens, device=batch.ids.device), "sum"))
         self.step += 1
         logged = self.accelerator.reduce(logged, "sum").cpu()
         seconds = time.perf_counter() - began
-        return StepReport(self.step, self.steps, self.tokens, loss, z, float(norm), rate, seconds, logged)
+        return StepReport(self.step, self.steps, self.tokens, loss, z, norm, rate, seconds, logged)
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -170,13 +192,3 @@ class Trainer:
         for name, parameter in self.bundle.model.named_parameters():
             if self.ema is not None and name in self.ema:
                 parameter.copy_(self.ema[name])
-
-    def run(self, stop: Callable[[], bool]) -> Iterator[StepReport]:
-        """Steps until the end, or until ``stop()`` after a finished step."""
-        while self.step < self.steps and not stop():
-            yield self.advance()
-
-
-def _sync(accelerator: Accelerator, model: nn.Module, last: bool):
-    """Gradients are exchanged between ranks once a step, on its last micro-batch."""
-    return torch.enable_grad() if last else accelerator.no_sync(model)

@@ -10,28 +10,29 @@ import fcntl
 import importlib.metadata
 import json
 import math
-import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 from pydantic import ValidationError
 
 from finetune import checkpoint
+from finetune.engines import start_processes
+from finetune.final import write_final
 from finetune.loop import StepReport, Trainer
-from finetune.lora import adapt, merged, save_adapter
+from finetune.lora import adapt
 from finetune.order import ORDER, PackedSource, Plan
+from finetune.ranks import Ranks
 from finetune.recipe import FinetuneRecipe
 from finetune.sources import open_source
 from jam.errors import RunError
 from jam.memory import keep_freed_memory
-from jam.models.load import Bundle, load_bundle, quiet_transformers
+from jam.models.load import Bundle, load_bundle
 from jam.plot import loss_curves
 from jam.recipe import dump_recipe
 
@@ -145,7 +146,22 @@ def _context(bundle: Bundle, recipe: FinetuneRecipe) -> int:
 
 
 def _resume(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter) -> None:
-    """Puts the trainer where the newest good checkpoint left off."""
+    """Puts the trainer where the newest good checkpoint left off, which the first rank finds for all."""
+    ranks = trainer.ranks
+    with ranks.together():
+        found = _checkpoint(run, recipe, reporter) if ranks.first else None
+    found = ranks.told(found)
+    if found is None:
+        return
+    with ranks.together():
+        state, ema = checkpoint.load(found, trainer.bundle.model, trainer.engine)
+    trainer.step, trainer.tokens = state["step"], state["tokens"]
+    trainer.ema = ema if ema is not None else trainer.ema
+    reporter.line(f"resuming from {found} (step {trainer.step} of {trainer.steps})")
+
+
+def _checkpoint(run: Path, recipe: FinetuneRecipe, reporter: Reporter) -> Path | None:
+    """The newest good checkpoint, made under this recipe; None to start afresh."""
     found = None if recipe.resume == "never" else checkpoint.newest(run, reporter.line)
     if found is None:
         if recipe.resume == "must":
@@ -154,17 +170,14 @@ def _resume(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Repor
             raise RunError(f"{run} holds checkpoints, but none verifies; move them away or choose another output_dir")
         if recipe.resume == "never" and checkpoint.listed(run):
             raise RunError(f"resume: never, but {run} holds checkpoints; move them away or choose another output_dir")
-        return
+        return None
     recorded = json.loads((found / "state.json").read_text())["settings"]
     if changed := changed_settings(recorded, recipe):
         raise RunError(
             f"{found} was made under other settings ({'; '.join(changed)}); "
             "resume with the old ones, or choose another output_dir"
         )
-    state, ema = checkpoint.load(found, trainer.bundle.model, trainer.raw_optimizer)
-    trainer.step, trainer.tokens = state["step"], state["tokens"]
-    trainer.ema = ema if ema is not None else trainer.ema
-    reporter.line(f"resuming from {found} (step {trainer.step} of {trainer.steps})")
+    return found
 
 
 def _log_line(trainer: Trainer, reports: list[StepReport], totals: torch.Tensor) -> dict:
@@ -185,60 +198,6 @@ def _log_line(trainer: Trainer, reports: list[StepReport], totals: torch.Tensor)
     line |= {f"share/{name}": round(float(share), 4) for name, share in zip(names, shares, strict=True)}
     line |= {"lr": last.lr, "grad_norm": last.grad_norm, "seconds": round(seconds, 3)}
     return line
-
-
-def _model_card(bundle: Bundle, recipe: FinetuneRecipe) -> str:
-    """README.md of ``final/``: that of the model it was trained from would speak of an untrained merge."""
-    tokens = total_steps(recipe) * recipe.train.global_batch_size * recipe.data.seq_len
-    mix = ", ".join(f"{name} {entry.weight:g}" for name, entry in recipe.data.mix.items())
-    lines = ["---", "library_name: transformers", "tags: [jam]", "---", "", f"# {bundle.path.name}, trained", ""]
-    kind = type(bundle.model).__name__
-    lines += [f"`{kind}`, {tokens:,} tokens in sequences of {recipe.data.seq_len}; mix: {mix}.", ""]
-    lines += ["`finetune.yaml` is the recipe; `merge.yaml` and `report.json`, where present, are of the merge.", ""]
-    return "\n".join(lines)
-
-
-def _write_final(run: Path, bundle: Bundle, recipe: FinetuneRecipe, adapted: PeftModel | None = None) -> Path:
-    """``final/``: weights in the parent checkpoint's dtype and every side file, appearing by rename; of adapters the
-    merged weights, and ``adapter/`` for peft."""
-    temporary, final = run / f".final.tmp-{os.getpid()}", run / "final"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        for item in sorted(bundle.path.iterdir()):
-            if item.is_dir() and item.name == "adapter":
-                continue  # of an earlier training
-            if item.is_dir():
-                shutil.copytree(item, temporary / item.name)
-            elif not item.name.startswith("model") and item.suffix != ".safetensors":
-                shutil.copy2(item, temporary / item.name)
-        if adapted is not None:
-            save_adapter(adapted, temporary / "adapter")
-            bundle.model = merged(adapted)
-        config = json.loads((bundle.path / "config.json").read_text())
-        dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
-        cast: dict[int, torch.Tensor] = {}  # by storage, so that tied tensors stay one tensor
-        state = {
-            name: cast.setdefault(tensor.data_ptr(), tensor.detach().to(dtype))
-            for name, tensor in bundle.model.state_dict().items()
-        }
-        with quiet_transformers():
-            bundle.model.save_pretrained(temporary, state_dict=state)
-        checkpoint.share(temporary)
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # training changed no setting
-        (temporary / "finetune.yaml").write_text(dump_recipe(recipe))
-        (temporary / "README.md").write_text(_model_card(bundle, recipe))
-        checkpoint.discard(final)
-        os.rename(temporary, final)
-    except Exception as error:
-        first = error.args[0][0][-1] if isinstance(error, shutil.Error) else error  # copytree lists every file
-        reason = " ".join(str(first).split())
-        raise RunError(
-            f"{final}: could not be written ({reason}); free space or permissions, then run again"
-        ) from error
-    finally:  # also when Ctrl+C ends it
-        shutil.rmtree(temporary, ignore_errors=True)
-    return final
 
 
 def _append_log(run: Path, line: dict) -> None:
@@ -309,72 +268,78 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
     keep_freed_memory()
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    precision = "bf16" if recipe.train.precision == "bf16" else "no"
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
-    main = accelerator.is_main_process  # the folder is its business alone; the other ranks only read
-    with run_lock(run) if main else nullcontext():
-        if main:
-            checkpoint.remove_stale(run)
-        bundle = load_bundle(Path(recipe.model), dtype=torch.float32)
-        bundle.model.set_attn_implementation(choose_attention(recipe, torch.cuda.is_available()))
-        context = _context(bundle, recipe)
-        opened = [open_source(name, entry, bundle, reporter.stage) for name, entry in recipe.data.mix.items()]
-        packed = [PackedSource(s, number, bundle, recipe, context) for number, s in enumerate(opened)]
-        adapted = None if recipe.lora is None else adapt(bundle, recipe.lora, recipe.seed)
-        plan = Plan(packed, [entry.weight for entry in recipe.data.mix.values()], recipe.data.seed)
-        trainer = Trainer(bundle, plan, recipe, accelerator, total_steps(recipe))
+    accelerator = start_processes(recipe.train.precision)
+    ranks = Ranks()
+    with ExitStack() as held:
+        with ranks.together():
+            if ranks.first:  # the folder is its business alone; the other ranks only read
+                held.enter_context(run_lock(run))
+                checkpoint.remove_stale(run)
+        with ranks.together():
+            bundle = load_bundle(Path(recipe.model), dtype=torch.float32)
+            bundle.model.set_attn_implementation(choose_attention(recipe, torch.cuda.is_available()))
+            context = _context(bundle, recipe)
+        mix = recipe.data.mix
+        opened = ranks.in_turn(lambda: [open_source(name, one, bundle, reporter.stage) for name, one in mix.items()])
+        with ranks.together():
+            packed = [PackedSource(s, number, bundle, recipe, context) for number, s in enumerate(opened)]
+            adapted = None if recipe.lora is None else adapt(bundle, recipe.lora, recipe.seed)
+            plan = Plan(packed, [entry.weight for entry in mix.values()], recipe.data.seed)
+        trainer = Trainer(bundle, plan, recipe, accelerator, total_steps(recipe), ranks)
         _resume(run, recipe, trainer, reporter)
         with _told_of(run):
-            if main:
-                _prepare(run, recipe, source)  # not before: a refused run must not replace the record of the one there
-                _trim_log(run, trainer.step)
+            with ranks.together():
+                if ranks.first:  # not before: a refused run must not replace the record of the one there
+                    _prepare(run, recipe, source)
+                    _trim_log(run, trainer.step)
             return _train(run, recipe, trainer, reporter, adapted)
 
 
 def _train(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter, adapted: PeftModel | None) -> Path:
-    main = trainer.accelerator.is_main_process
+    ranks = trainer.ranks
     totals = torch.zeros(2 + len(trainer.plan.sources), 2, dtype=torch.float64)
     pending: list[StepReport] = []
     saved = trainer.step
 
     def save() -> None:
-        if main:
-            state = {"tokens": trainer.tokens, "settings": fixed_settings(recipe), "time": time.time()}
-            checkpoint.save(run, trainer.step, trainer.bundle.model, trainer.raw_optimizer, trainer.ema, state)
-            checkpoint.rotate(run, recipe.save.keep)
-        trainer.accelerator.wait_for_everyone()
+        state = {"tokens": trainer.tokens, "settings": fixed_settings(recipe), "time": time.time()}
+        checkpoint.save(run, trainer.step, trainer.bundle.model, trainer.engine, trainer.ema, state, ranks)
+        with ranks.together():
+            if ranks.first:
+                checkpoint.rotate(run, recipe.save.keep)
 
     def flush() -> None:
-        if pending and main:
-            _append_log(run, _log_line(trainer, pending, totals))
+        with ranks.together():
+            if pending and ranks.first:
+                _append_log(run, _log_line(trainer, pending, totals))
         pending.clear()
 
     with stop_signals() as stop:
-        for report in trainer.run(lambda: bool(stop())):
+        code, wanted = ranks.greatest(stop(), 0)  # what one rank is asked, all do after the same step
+        while trainer.step < trainer.steps and not code:
+            report = trainer.advance()
             totals += report.sums
             pending.append(report)
             reporter.step(report)
             if report.step % recipe.log.every == 0 or report.step == report.steps:
                 flush()
-            if report.step % recipe.save.every == 0 and report.step < report.steps:
+            code, wanted = ranks.greatest(stop(), ranks.first and (run / "SAVE").exists())
+            if wanted or (report.step % recipe.save.every == 0 and report.step < report.steps):
                 save()
                 saved = report.step
-            if (run / "SAVE").exists() and saved != report.step:
-                save()
-                saved = report.step
+            if wanted and ranks.first:
                 (run / "SAVE").unlink(missing_ok=True)
-        code = stop()
         if code and trainer.step < trainer.steps:
             flush()
             if saved != trainer.step:
                 save()
             raise Interrupted(f"stopped at step {trainer.step} of {trainer.steps}; the same command resumes", code)
-    if saved != trainer.step or not checkpoint.listed(run):
+    if saved != trainer.step or not ranks.told(bool(checkpoint.listed(run))):
         save()
     trainer.adopt_average()
     trainer.bundle.model.eval()
-    if not main:
-        return run / "final"
-    (run / "plots").mkdir(exist_ok=True)
-    (run / "plots" / "loss.png").write_bytes(loss_curves(run / "log.jsonl"))
-    return _write_final(run, trainer.bundle, recipe, adapted)
+    with ranks.together():
+        if ranks.first:
+            (run / "plots").mkdir(exist_ok=True)
+            (run / "plots" / "loss.png").write_bytes(loss_curves(run / "log.jsonl"))
+    return write_final(run, trainer.bundle, recipe, trainer.steps, trainer.engine, ranks, adapted)

@@ -179,12 +179,14 @@ def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     loaded = load_recipe(recipe, FinetuneRecipe, overrides or [])
 
+    from finetune.ranks import one_voice
     from finetune.run import run_finetune
     from jam.training_bar import TrainingBar
 
-    with TrainingBar(loaded.log.every) as bar:
+    with one_voice(), TrainingBar(loaded.log.every) as bar:
         folder = run_finetune(loaded, source=recipe, reporter=bar)
-    typer.echo(f"trained model: {folder}")
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"trained model: {folder}")
 
 
 @app.command()
@@ -465,7 +467,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as exit_:  # typer always ends so, also after its own usage errors (2) and Ctrl+C (130)
         return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
     except JamError as error:
-        lines, code = message_lines(error), error.exit_code
+        lines, code = [] if error.told_elsewhere else message_lines(error), error.exit_code
         if debug:
             raise
     except OSError as error:

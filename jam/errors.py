@@ -30,6 +30,7 @@ class JamError(Exception):
 
     exit_code = 2
     lists = False  # several mistakes, a line each
+    told_elsewhere = False  # another process of the run prints it
 
 
 class RecipeError(JamError):

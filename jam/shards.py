@@ -281,7 +281,7 @@ def copy_tensors(source: Checkpoint, folder: Path, rows: Mapping[str, np.ndarray
     write_json(folder / "config.json", source.config)
     sizes = {name: (info.dtype, info.shape, info.end - info.begin) for name, info in source.tensors.items()}
     with (folder / WEIGHTS).open("wb") as file:
-        file.write(_header_of(sizes))
+        file.write(header_of(sizes))
         for name, info in source.tensors.items():
             if name in rows:
                 file.write(source.finite(name)[rows[name]].data)
@@ -348,10 +348,10 @@ def _alive(pid: int) -> bool:
 
 
 def _header(specs: Sequence[TensorSpec]) -> bytes:
-    return _header_of({spec.name: (spec.dtype, spec.shape, spec.bytes) for spec in specs})
+    return header_of({spec.name: (spec.dtype, spec.shape, spec.bytes) for spec in specs})
 
 
-def _header_of(sizes: Mapping[str, tuple[str, tuple[int, ...], int]]) -> bytes:
+def header_of(sizes: Mapping[str, tuple[str, tuple[int, ...], int]]) -> bytes:
     """A file's header from type, shape and bytes of its tensors in their order."""
     raw: dict = {"__metadata__": {"format": "pt"}}
     at = 0

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from finetune import checkpoint
 from finetune.lora import adapt, new_rows, targets
@@ -116,7 +117,7 @@ def test_a_run_leaves_merged_weights_and_an_adapter_and_resumes_bit_for_bit(
     assert weights.keys() == base.keys()
     assert all(torch.equal(tensor, final_weights(resumed)[key]) for key, tensor in weights.items())
     assert sum(not torch.equal(tensor, weights[key]) for key, tensor in base.items()) > 10
-    kept = checkpoint.load_file(checkpoint.listed(whole.parent)[0] / "model.safetensors")
+    kept = load_file(checkpoint.listed(whole.parent)[0] / "model.safetensors")
     assert kept and all("lora_" in key or "trainable_tokens_delta" in key for key in kept)
     onto = load_bundle(folders[name])
     PeftModel.from_pretrained(onto.model, whole / "adapter")
