@@ -9,6 +9,7 @@ one, ``put_weight`` and ``put_moments`` take them back. All four are for every r
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -128,6 +129,8 @@ class Fsdp2(Engine):
         precision = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
         for layer in layers:
             fully_shard(layer, mp_policy=precision, reshard_after_forward=self.plugin.reshard_after_forward, **shared)
+        # torch warns of layers that return views; nobody here writes into what a layer returned
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
         fully_shard(network, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **shared)
         self.raw = build()
         return network, self.raw

@@ -53,9 +53,10 @@ def trainer_of(recipe: FinetuneRecipe, dtype: torch.dtype = torch.float64) -> Tr
     return Trainer(bundle, plan, recipe, accelerator, STEPS)
 
 
-def steps_of(recipe: FinetuneRecipe, out: Path) -> None:
+def steps_of(recipe: FinetuneRecipe, out: Path, expected: str = "ddp") -> None:
     """Gradients of the first step and loss, norm, weights and average of three, into ``out`` by the first rank."""
     trainer = trainer_of(recipe)
+    assert trainer.engine.name.lower() == expected  # the variables were understood
     named = dict(trainer.bundle.model.named_parameters())
     torch.manual_seed(0)
     loss, _ = trainer.backward(trainer.batch(0))
@@ -74,4 +75,4 @@ def steps(cases: str) -> None:
     """Args: cases: a JSON list of [engine, recipe file, file to write]."""
     for name, recipe, out in json.loads(cases):
         with engine(name):
-            steps_of(FinetuneRecipe.model_validate_json(Path(recipe).read_text()), Path(out))
+            steps_of(FinetuneRecipe.model_validate_json(Path(recipe).read_text()), Path(out), name)

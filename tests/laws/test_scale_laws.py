@@ -79,7 +79,7 @@ def test_ranks_that_lack_a_modality_train_what_one_process_trains(recipes, count
             cases.append([engine, str(plain), str(tmp_path / f"{engine}-{name}")])
     own = "separate" if count == 2 else "single"
     cases += [[engine, str(recipes[own]), str(tmp_path / f"own-{engine}")] for engine in ("ddp", "fsdp2")]
-    launch(count, "tests.laws.scale_cases:steps", json.dumps(cases))
+    launch(count, tmp_path / "ranks", "tests.laws.scale_cases:steps", json.dumps(cases))
     for engine, _, file in cases[:-2]:
         found, expected = load_file(file), load_file(tmp_path / f"one-{Path(file).name.removeprefix(f'{engine}-')}")
         assert found.keys() == expected.keys()
