@@ -1,7 +1,7 @@
 """Several processes for a test, under a hard limit of time: a rank that waits forever fails the test.
 
-``launch`` runs a function on ranks that are forked from a server which has imported everything once; ``finished`` runs a
-command as users do.
+``launch`` runs a function on ranks that are forked from a server which has imported everything once; ``finished`` runs
+a command as users do.
 """
 
 import importlib
