@@ -60,6 +60,7 @@ class Engine:
 
     name = "DDP"
     shards = False
+    averages = True  # keeps train.ema
 
     def __init__(self, accelerator: Accelerator, bf16: bool):
         self.accelerator, self.bf16 = accelerator, bf16
@@ -184,20 +185,37 @@ def sharded_layers(network: nn.Module, names: list[str] | None = None) -> list[n
 def start_processes(precision: str) -> Accelerator:
     """Device and process group as the launcher has set them; one process without one.
 
+    accelerate is not told of shards: it would do part of the sharding on GPUs and none of it on CPUs.
+
     Raises:
-        RunError: DeepSpeed is asked for and not there.
+        RunError: DeepSpeed is asked for and not there, or a way to load that leaves other ranks without weights.
     """
     if _asked("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
         raise RunError("accelerate's config asks for DeepSpeed, which is not installed; pip install deepspeed")
+    if _asked("ACCELERATE_USE_FSDP") and _asked("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise RunError(
+            "fsdp_cpu_ram_efficient_loading is true; false is required, every process reads the model itself; set it "
+            "in accelerate's config (recipes/launch/fsdp2.yaml)"
+        )
     mixed = "bf16" if precision == "bf16" else "no"
-    return Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available())
+    with _hidden("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available())
+
+
+@contextmanager
+def _hidden(*variables: str) -> Iterator[None]:
+    found = {name: os.environ.pop(name) for name in variables if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(found)
 
 
 def engine_for(accelerator: Accelerator, bf16: bool) -> Engine:
     """The engine that ``accelerate launch`` asked for; whole models without it."""
     if accelerator.num_processes > 1 and _asked("ACCELERATE_USE_FSDP"):
         return Fsdp2(accelerator, bf16)
-    if _asked("ACCELERATE_USE_DEEPSPEED"):
+    if accelerator.num_processes > 1 and _asked("ACCELERATE_USE_DEEPSPEED"):
         from finetune.zero import Zero3  # imports deepspeed, which is no dependency
 
         return Zero3(accelerator, bf16)

@@ -104,6 +104,7 @@ class Trainer:
             "lora": recipe.lora is not None,
             "optim.groups with rows": rows,
             "optim.name: muon": recipe.optim.name == "muon",
+            "train.ema": recipe.train.ema is not None and not self.engine.averages,
         }
         if wrong := [name for name, asked in found.items() if asked]:
             raise RunError(

@@ -239,15 +239,15 @@ def _told_of(run: Path) -> Iterator[None]:
         ) from error
 
 
-def _prepare(run: Path, recipe: FinetuneRecipe, source: Path | None) -> None:
+def _prepare(run: Path, recipe: FinetuneRecipe, source: Path | None, trainer: Trainer) -> None:
     (run / "recipe.resolved.yaml").write_text(dump_recipe(recipe))
     kept = run / "recipe.source.yaml"
     if source is not None and source.resolve() != kept.resolve():  # a run may be repeated from its own record
         shutil.copyfile(source, kept)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "numpy")}
-    (run / "env.json").write_text(
-        json.dumps({"versions": versions, "threads": torch.get_num_threads()}, indent=2) + "\n"
-    )
+    found = {"versions": versions, "threads": torch.get_num_threads()}
+    found |= {"engine": trainer.engine.name, "processes": trainer.ranks.count}
+    (run / "env.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
 def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: Reporter | None = None) -> Path:
@@ -290,7 +290,7 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
         with _told_of(run):
             with ranks.together():
                 if ranks.first:  # not before: a refused run must not replace the record of the one there
-                    _prepare(run, recipe, source)
+                    _prepare(run, recipe, source, trainer)
                     _trim_log(run, trainer.step)
             return _train(run, recipe, trainer, reporter, adapted)
 

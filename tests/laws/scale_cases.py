@@ -18,7 +18,8 @@ from finetune.sources import open_source
 from jam.models.load import load_bundle
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-ENGINES = {"ddp": {}, "fsdp2": FSDP}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "DS_ACCELERATOR": "cpu"}
+ENGINES = {"ddp": {}, "fsdp2": FSDP, "zero-3": ZERO}
 STEPS = 3
 
 
