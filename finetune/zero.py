@@ -13,12 +13,12 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
-from deepspeed.zero import GatheredParameters
 from torch import Tensor, nn
 from torch.optim import Optimizer
 

@@ -10,6 +10,7 @@ neither samples nor trains, and opens no network connection.
 Shapes: B batch, T query tokens, S key slots, V vocabulary.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,9 @@ from typing import Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers.distributed import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -33,7 +36,7 @@ from jam.models.families import FAMILIES
 from jam.models.heads import allowed_ids, restrict
 from jam.models.masks import cache_for, default_positions, masks_for
 from jam.models.readout import Readout, readout
-from jam.models.tower import network_class
+from jam.models.tower import OPT_TP_PLAN, network_class
 from jam.tokens.belong import check_tokenizers
 from jam.tokens.image import ImageTokenizer
 from jam.tokens.text import TextTokenizer
@@ -154,8 +157,12 @@ class Bundle:
         return logits_BTV, output.past_key_values
 
 
-def load_bundle(path: Path, dtype: torch.dtype = torch.float32) -> Bundle:
+def load_bundle(path: Path, dtype: torch.dtype = torch.float32, tp_plan: Literal["auto"] | None = None) -> Bundle:
     """Everything in a folder, on the CPU, in eval mode.
+
+    Args:
+        tp_plan: "auto" shares each matrix out over the processes of the run (tensor parallelism, by transformers'
+            plans), on their devices; every process must then call the model with the same inputs.
 
     Raises:
         CheckpointError: no folder, config, shards, tokenizer or jam.json; a truncated shard; tensors missing, of the
@@ -178,17 +185,20 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32) -> Bundle:
     image = None
     if record.image_tokenizer is not None:
         image = ImageTokenizer.load(path / record.image_tokenizer)
-    model = load_model(path, checkpoint.config, dtype)
+    model = load_model(path, checkpoint.config, dtype, tp_plan)
     bundle = Bundle(path, model, record.vocabulary, text, image, record.unconditional, record.sampling)
     _check_parts(bundle)
     return bundle
 
 
-def load_model(path: Path, config: dict, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(
+    path: Path, config: dict, dtype: torch.dtype = torch.float32, tp_plan: Literal["auto"] | None = None
+) -> PreTrainedModel:
     """The network alone, whole and finite.
 
     Args:
         config: the folder's config.json.
+        tp_plan: as in :func:`load_bundle`.
 
     Raises:
         CheckpointError: as :func:`load_bundle`.
@@ -199,6 +209,7 @@ def load_model(path: Path, config: dict, dtype: torch.dtype = torch.float32) -> 
             f"{path}: model type {model_type!r} is not a causal language model that transformers or jam knows; "
             "point to another checkpoint"
         )
+    shares = {} if tp_plan is None else {"distributed_config": _shares(path, config)}
     try:
         with quiet_transformers():
             # some of our families are known to transformers under the class alone (Emu3's text model)
@@ -211,6 +222,7 @@ def load_model(path: Path, config: dict, dtype: torch.dtype = torch.float32) -> 
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # reported below, by name
                 output_loading_info=True,
+                **shares,
             )
     except (StrictDataclassError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -225,11 +237,31 @@ def load_model(path: Path, config: dict, dtype: torch.dtype = torch.float32) -> 
             "config.json and weights must come from one model"
         )
     for name, tensor in model.state_dict().items():
+        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor  # each process looks at its own
         # the sum of a tensor is not finite if any element is not; the exact test runs only then (a sum may overflow)
         if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(f"{path}: tensor {name} has {bad} NaN or infinite numbers; restore the checkpoint")
     return model.eval()
+
+
+def _shares(path: Path, config: dict) -> DistributedConfig:
+    """How transformers shares a network out over all processes.
+
+    Raises:
+        CheckpointError: one process, or numbers of heads that they do not divide.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count < 2:
+        raise CheckpointError(f"{path}: tp_plan of 1 process; at least 2 are required, start them with torchrun")
+    towers = [config[f"{side}_config"] for side in ("text", "image")] if "text_config" in config else [config]
+    for tower in towers:
+        heads = tower["num_attention_heads"]
+        for name, number in (("attention", heads), ("key-value", tower.get("num_key_value_heads") or heads)):
+            if number % count:
+                raise CheckpointError(f"{path}: {number} {name} heads over {count} processes; choose a divisor of them")
+    plan = OPT_TP_PLAN if config.get("model_type") == "opt" else "auto"
+    return DistributedConfig(tp_plan=plan, tp_size=count)
 
 
 @contextmanager

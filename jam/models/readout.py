@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from jam.models.cpu import Rows, is_packed
@@ -55,7 +56,7 @@ def readout(model: PreTrainedModel, vocabulary: Vocabulary) -> Readout:
     if isinstance(model, JamCrossForCausalLM):
         return TwoTowers(model, vocabulary)
     known = model.config.model_type in FAMILIES and type(model) is network_class(model.config.model_type)
-    if known and type(model.lm_head) is nn.Linear:
+    if known and type(model.lm_head) is nn.Linear and not isinstance(model.lm_head.weight, DTensor):
         return OneTable(model, vocabulary)
     return FromLogits(model, vocabulary)
 

@@ -26,7 +26,13 @@ from jam.models.chameleon import ChameleonForCausalLM
 from jam.models.families import FAMILIES
 from jam.models.traits import windows_of
 
+OPT_TP_PLAN = {"model.decoder.layers.*.fc1": "colwise", "model.decoder.layers.*.fc2": "rowwise"}
+"""OPT's plan of tensor parallelism, which transformers has none of: its attention counts all heads, and stays whole."""
+
 Masks = Callable[[int | None], Tensor | None]  # the mask under a sliding window, or without one
+
+
+_TABLES = ("embed_tokens", "lm_head")
 
 
 def network_class(model_type: str) -> type[PreTrainedModel]:
@@ -66,9 +72,12 @@ def build_tower(config: PreTrainedConfig, first_slot: int, tables: bool = True) 
     decoder = Tower(model).decoder
     for index, layer in enumerate(decoder.layers):
         layer.self_attn.layer_idx = first_slot + index
+    if config.model_type == "opt":
+        model.tp_plan = OPT_TP_PLAN
     if not tables:
         decoder.embed_tokens = nn.Identity()
         model.lm_head = nn.Identity()
+        model.tp_plan = {name: way for name, way in model.tp_plan.items() if not name.endswith(_TABLES)}
     return model
 
 
