@@ -4,14 +4,16 @@ import errno
 import json
 import os
 import signal
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
-from finetune import checkpoint
+from finetune import checkpoint, ranks
 from finetune.loop import Trainer
 from finetune.recipe import FinetuneRecipe
 from finetune.run import Interrupted, Reporter, run_finetune
+from jam.cli import main
 from jam.errors import DataError, JamError
 from tests.laws.scale_cases import engine
 
@@ -113,3 +115,20 @@ def fail(file: str, run: str) -> None:
     with engine("fsdp2"):
         found = ended(recipe)
     assert isinstance(found, JamError) and "none verifies" in str(found), found
+
+
+def zero(file: str, run: str) -> None:
+    """Goes on under ZeRO-3 with one process's run, is killed, goes on under ZeRO-3; train.ema is refused."""
+    recipe = recipe_of(Path(file), output_dir=run)
+    with engine("zero-3"):
+        averaged = recipe_of(Path(file), output_dir=f"{run}-ema", train=recipe.train.model_dump() | {"ema": 0.9})
+        assert "train.ema over ZeRO-3" in str(ended(averaged))
+        assert isinstance(ended(recipe, Act(kill=7)), KeyboardInterrupt)
+        assert ended(recipe) is None
+
+
+def voices(file: str) -> None:
+    """Errors of the command line: every rank ends in 2, one of them says why."""
+    ranks._LEAVE_AFTER = timedelta(seconds=1)  # forked processes do not tell that they leave
+    with engine("fsdp2"):
+        assert main(["finetune", file, "model=nowhere"]) == 2

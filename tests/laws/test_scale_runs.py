@@ -1,6 +1,7 @@
 """Runs on several ranks: they go on under another engine and world, repeat bit for bit, and end together."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from tests.laws.test_data_laws import recipe_for
 from tests.laws.test_training_laws import StopAfter, final_weights, log_lines
 from tests.tiny import tiny_pair
 from tests.tiny_cross import tiny_cross
+
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is no dependency")
 
 
 def written(tmp_path: Path, cross: bool = False, **changes) -> Path:
@@ -72,3 +75,26 @@ def test_adapters_train_under_ddp_as_on_one_process_and_are_refused_over_shards(
 
 def test_what_fails_on_one_rank_ends_all_of_them_in_its_words(tmp_path):
     launch(2, tmp_path / "ranks", "tests.laws.scale_runs:fail", written(tmp_path), tmp_path / "run")
+
+
+def test_an_error_of_all_ranks_is_said_once(tmp_path):
+    launch(2, tmp_path / "ranks", "tests.laws.scale_runs:voices", written(tmp_path))
+    said = "".join(log.read_text() for log in (tmp_path / "ranks").glob("*.log"))
+    assert said.count("error: ") == 1 and "nowhere: no such folder" in said
+
+
+@needs_deepspeed
+def test_zero_3_goes_on_with_one_process_and_trains_the_same(tmp_path):
+    file = written(tmp_path, cross=True)
+    raw = json.loads(file.read_text())
+    raw["train"]["ema"] = None
+    raw["optim"]["groups"] = [{"match": r"layers\.0\.", "lr_mul": 0.0}, {"match": "embed", "lr_mul": 3.0}]
+    file.write_text(json.dumps(raw))
+    straight = run_finetune(recipe_at(file, tmp_path / "straight"))
+    with pytest.raises(KeyboardInterrupt):
+        run_finetune(recipe_at(file, tmp_path / "run"), reporter=StopAfter(4))
+    launch(2, tmp_path / "ranks", "tests.laws.scale_runs:zero", file, tmp_path / "run")
+    for name, tensor in final_weights(straight).items():
+        torch.testing.assert_close(final_weights(tmp_path / "run/final")[name], tensor, rtol=1e-4, atol=2e-5)
+    losses = [[line["loss"] for line in log_lines(tmp_path / run)] for run in ("straight", "run")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

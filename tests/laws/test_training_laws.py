@@ -235,7 +235,8 @@ def test_two_ranks_equal_one(tmp_path):
     tiny_pair(tmp_path)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(recipe_for(tmp_path).model_dump(mode="json")))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    launcher += ["--config_file", str(ROOT / "recipes/launch/ddp.yaml")]
     command = [*launcher, "-m", "jam.cli", "finetune", str(recipe), f"output_dir={tmp_path / 'two'}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
