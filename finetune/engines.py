@@ -182,10 +182,11 @@ def sharded_layers(network: nn.Module, names: list[str] | None = None) -> list[n
     return found
 
 
-def start_processes(precision: str) -> Accelerator:
+def start_processes() -> Accelerator:
     """Device and process group as the launcher has set them; one process without one.
 
-    accelerate is not told of shards: it would do part of the sharding on GPUs and none of it on CPUs.
+    accelerate is not told of shards, which it would make on GPUs alone, nor of a precision, which it would keep for the
+    whole process.
 
     Raises:
         RunError: DeepSpeed is asked for and not there, or a way to load that leaves other ranks without weights.
@@ -197,9 +198,8 @@ def start_processes(precision: str) -> Accelerator:
             "fsdp_cpu_ram_efficient_loading is true; false is required, every process reads the model itself; set it "
             "in accelerate's config (recipes/launch/fsdp2.yaml)"
         )
-    mixed = "bf16" if precision == "bf16" else "no"
     with _hidden("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG"):
-        return Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available())
+        return Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
 
 
 @contextmanager

@@ -268,7 +268,7 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
     keep_freed_memory()
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    accelerator = start_processes(recipe.train.precision)
+    accelerator = start_processes()
     ranks = Ranks()
     with ExitStack() as held:
         with ranks.together():

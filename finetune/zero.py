@@ -94,7 +94,8 @@ class Zero3(Engine):
             parameter.copy_(full)
             return
         with GatheredParameters([parameter], modifier_rank=0):
-            parameter.copy_(full.to(parameter.device, parameter.dtype))
+            if dist.get_rank() == 0:
+                parameter.copy_(full.to(parameter.device, parameter.dtype))
         if parameter.requires_grad:  # the copy that the optimizer steps
             safe_set_full_fp32_param(parameter, full.to(self.accelerator.device, torch.float32))
 

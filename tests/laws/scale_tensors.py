@@ -16,7 +16,7 @@ from tests.finetune.test_loss import batch_of
 
 def scores(folders: str) -> None:
     """Args: folders: a JSON map of model folders to the least share of their numbers that is shared out."""
-    start_processes("fp32")
+    start_processes()
     batch = batch_of()
     given = {"attention_mask": batch.mask, "position_ids": batch.positions}
     for folder, least in json.loads(folders).items():
@@ -35,6 +35,6 @@ def scores(folders: str) -> None:
 
 
 def refused(folder: str) -> None:
-    start_processes("fp32")
+    start_processes()
     with pytest.raises(CheckpointError, match="2 key-value heads over 4 processes"):
         load_bundle(Path(folder), tp_plan="auto")

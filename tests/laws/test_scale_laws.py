@@ -67,25 +67,36 @@ def without_own_codes(recipe: Path) -> Path:
     return plain
 
 
+def bf16(recipe: Path) -> Path:
+    raw = json.loads(without_own_codes(recipe).read_text())
+    raw["train"]["precision"] = "bf16"
+    rounded = recipe.with_name(f"bf16-{recipe.name}")
+    rounded.write_text(json.dumps(raw))
+    return rounded
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_ranks_that_lack_a_modality_train_what_one_process_trains(recipes, count, tmp_path):
-    """Loss, gradients, norm, weights and average in float64, for DDP and FSDP2; own_codes must not hang either."""
+    """Loss, gradients, norm, weights and average in float64, for DDP, shards and their replicas."""
     cases = []
     names = ["single", "separate", "shared"] if count == 2 else ["single", "separate"]
     for name in names:
         plain = without_own_codes(recipes[name])
         steps_of(FinetuneRecipe.model_validate_json(plain.read_text()), tmp_path / f"one-{name}")
-        for engine in ("ddp", "fsdp2"):
+        for engine in ("ddp", "fsdp2") if count == 2 or name == "single" else ("hsdp",):
             cases.append([engine, str(plain), str(tmp_path / f"{engine}-{name}")])
     own = "separate" if count == 2 else "single"
     cases += [[engine, str(recipes[own]), str(tmp_path / f"own-{engine}")] for engine in ("ddp", "fsdp2")]
+    cases += [[engine, str(bf16(recipes[own])), str(tmp_path / f"bf16-{engine}")] for engine in ("ddp", "fsdp2")]
     launch(count, tmp_path / "ranks", "tests.laws.scale_cases:steps", json.dumps(cases))
-    for engine, _, file in cases[:-2]:
+    for engine, _, file in cases[:-4]:
         found, expected = load_file(file), load_file(tmp_path / f"one-{Path(file).name.removeprefix(f'{engine}-')}")
         assert found.keys() == expected.keys()
         assert expected["figures"][:, 0].std() > 1e-4 and expected["figures"][:, 2].min() > 0.1  # clipped, and moving
         for key, tensor in expected.items():
             torch.testing.assert_close(found[key], tensor, rtol=1e-9, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
+    rounded = [load_file(tmp_path / f"bf16-{engine}")["figures"][:, 0] for engine in ("ddp", "fsdp2")]
+    torch.testing.assert_close(*rounded, rtol=3e-3, atol=0)
     ddp, sharded = (load_file(tmp_path / f"own-{engine}") for engine in ("ddp", "fsdp2"))
     for key, tensor in ddp.items():
         torch.testing.assert_close(sharded[key], tensor, rtol=1e-9, atol=1e-9)
