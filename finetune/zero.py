@@ -16,8 +16,10 @@ from accelerate import Accelerator
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import (
     safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -97,7 +99,8 @@ class Zero3(Engine):
             if dist.get_rank() == 0:
                 parameter.copy_(full.to(parameter.device, parameter.dtype))
         if parameter.requires_grad:  # the copy that the optimizer steps
-            safe_set_full_fp32_param(parameter, full.to(self.accelerator.device, torch.float32))
+            own = safe_get_local_fp32_param(parameter)
+            safe_set_local_fp32_param(parameter, _part(full, own))
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Whole]:
         steps = self._steps()
@@ -115,10 +118,22 @@ class Zero3(Engine):
         return states[0]["step"] if states else None
 
     def put_moments(self, parameter: nn.Parameter, full: dict[str, Tensor]) -> None:
+        inner = self.model.optimizer.optimizer
+        for flat in self.model.optimizer.fp32_partitioned_groups_flat:
+            if not inner.state[flat]:  # Adam makes it in its first step
+                inner.state[flat] = {key: torch.zeros_like(flat) for key in _MOMENTS}
+            inner.state[flat]["step"] = full["step"].clone()
         for key in _MOMENTS:
-            safe_set_full_optimizer_state(parameter, full[key].to(self.accelerator.device, torch.float32), key)
-        for state in self.model.optimizer.optimizer.state.values():
-            state["step"] = full["step"].clone()
+            own = safe_get_local_optimizer_state(parameter, key)
+            safe_set_local_optimizer_state(parameter, _part(full[key], own), key)
+
+
+def _part(full: Tensor, own: Tensor) -> Tensor:
+    """This rank's part of a tensor, flat and as long as ``own``: the last ranks' end in padding, which DeepSpeed's own
+    way to set a whole tensor (0.19.8) does not allow for."""
+    start = own.numel() * dist.get_rank()
+    found = full.flatten()[start : start + own.numel()].to(own.device, own.dtype)
+    return torch.cat([found, found.new_zeros(own.numel() - len(found))]).view_as(own)
 
 
 class _Stepped:
