@@ -103,7 +103,7 @@ class Trainer:
         numbers = range(first + self.accelerator.process_index, first + size, world)
         owners, sequences = zip(*(self.plan.sequence(t) for t in numbers), strict=True)
         batch = collate(list(sequences), list(owners), data.seq_len, self.bundle.vocabulary.controls["pad"])
-        return Batch(*(getattr(batch, n).to(self.accelerator.device) for n in batch.__dataclass_fields__))
+        return batch.to(self.accelerator.device)
 
     def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Gradients of the global loss; returns (loss and z-loss on this rank's share [2], sums for the log)."""

@@ -185,9 +185,10 @@ class TrainSection(Section):
         8, ge=1, description="sequences in one optimizer step, a multiple of the micro batch"
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of forward and backward passes")
-    attention: Literal["auto", "sdpa", "eager"] = Field(
+    attention: Literal["auto", "documents", "sdpa", "eager"] = Field(
         "auto",
-        description="kernel of masked attention: on a CPU the plain one beats sdpa on short sequences (auto: to 512)",
+        description="documents attends inside each document of a packed sequence alone (auto); the others to the whole "
+        "sequence under a mask",
     )
     checkpointing: bool = Field(
         False, description="keep the states between layers alone and make the rest again in the backward pass"

@@ -32,6 +32,7 @@ from finetune.sources import open_source
 from jam.errors import RunError
 from jam.memory import keep_freed_memory
 from jam.models.load import Bundle, load_bundle, quiet_transformers
+from jam.models.packed import DOCUMENTS
 from jam.plot import loss_curves
 from jam.recipe import dump_recipe
 
@@ -130,11 +131,9 @@ def total_steps(recipe: FinetuneRecipe) -> int:
     return max(1, round(recipe.train.tokens / (recipe.train.global_batch_size * recipe.data.seq_len)))
 
 
-def choose_attention(recipe: FinetuneRecipe, cuda: bool) -> str:
-    """The kernel that ``train.attention`` names; under ``auto`` by what was measured (docs/log.md, training)."""
-    if recipe.train.attention != "auto":
-        return recipe.train.attention
-    return "eager" if not cuda and recipe.data.seq_len <= 512 else "sdpa"
+def choose_attention(recipe: FinetuneRecipe) -> str:
+    """transformers' name of the kernel that ``train.attention`` asks for."""
+    return {"auto": DOCUMENTS, "documents": DOCUMENTS}.get(recipe.train.attention, recipe.train.attention)
 
 
 def _context(bundle: Bundle, recipe: FinetuneRecipe) -> int:
@@ -316,7 +315,7 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
         if main:
             checkpoint.remove_stale(run)
         bundle = load_bundle(Path(recipe.model), dtype=torch.float32)
-        bundle.model.set_attn_implementation(choose_attention(recipe, torch.cuda.is_available()))
+        bundle.model.set_attn_implementation(choose_attention(recipe))
         context = _context(bundle, recipe)
         opened = [open_source(name, entry, bundle, reporter.stage) for name, entry in recipe.data.mix.items()]
         packed = [PackedSource(s, number, bundle, recipe, context) for number, s in enumerate(opened)]
