@@ -28,6 +28,7 @@ from finetune.loop import StepReport, Trainer
 from finetune.lora import adapt, merged, save_adapter
 from finetune.order import ORDER, PackedSource, Plan
 from finetune.recipe import FinetuneRecipe
+from finetune.scratch import own_record, scratch_bundle, scratch_config
 from finetune.sources import open_source
 from jam.errors import RunError
 from jam.memory import keep_freed_memory
@@ -36,7 +37,7 @@ from jam.plot import loss_curves
 from jam.recipe import dump_recipe
 
 # settings that a resumed run may not change
-FIXED = ("model", "seed", "data", "objective", "loss", "lora", "optim", "train")
+FIXED = ("model", "seed", "data", "objective", "loss", "scratch", "lora", "optim", "train")
 
 
 class Interrupted(RunError):
@@ -120,7 +121,7 @@ def changed_settings(recorded: dict, recipe: FinetuneRecipe) -> list[str]:
     order = recorded.get("order", "shuffled")  # before it was recorded
     recorded = {key: value for key, value in recorded.items() if key != "order"}
     with suppress(ValidationError):  # a setting that is gone: it is named as it stands
-        recorded = fixed_settings(FinetuneRecipe.model_validate(recipe.model_dump() | recorded))
+        recorded = fixed_settings(FinetuneRecipe.model_validate(recipe.model_dump(exclude=set(FIXED)) | recorded))
     return _differences(recorded | {"order": order}, fixed_settings(recipe))
 
 
@@ -142,6 +143,13 @@ def _context(bundle: Bundle, recipe: FinetuneRecipe) -> int:
     if recipe.data.seq_len > context:
         raise RunError(f"data.seq_len is {recipe.data.seq_len}, the model has {context} positions; lower data.seq_len")
     return context
+
+
+def _bundle(recipe: FinetuneRecipe) -> Bundle:
+    """What the run begins with, in float32."""
+    if recipe.scratch is not None:
+        return scratch_bundle(Path(recipe.model), recipe.scratch, recipe.seed)
+    return load_bundle(Path(recipe.model), dtype=torch.float32)
 
 
 def _resume(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter) -> None:
@@ -193,9 +201,18 @@ def _model_card(bundle: Bundle, recipe: FinetuneRecipe) -> str:
     mix = ", ".join(f"{name} {entry.weight:g}" for name, entry in recipe.data.mix.items())
     lines = ["---", "library_name: transformers", "tags: [jam]", "---", "", f"# {bundle.path.name}, trained", ""]
     kind = type(bundle.model).__name__
+    if recipe.scratch is not None:
+        lines = [*lines[:5], f"# {Path(recipe.output_dir).name}, trained from nothing", ""]
     lines += [f"`{kind}`, {tokens:,} tokens in sequences of {recipe.data.seq_len}; mix: {mix}.", ""]
     lines += ["`finetune.yaml` is the recipe; `merge.yaml` and `report.json`, where present, are of the merge.", ""]
     return "\n".join(lines)
+
+
+def _config(bundle: Bundle, recipe: FinetuneRecipe) -> dict:
+    """config.json of the network that is trained."""
+    if recipe.scratch is not None:
+        return scratch_config(bundle.path, recipe.scratch, bundle.vocabulary)
+    return json.loads((bundle.path / "config.json").read_text())
 
 
 def _write_final(run: Path, bundle: Bundle, recipe: FinetuneRecipe, adapted: PeftModel | None = None) -> Path:
@@ -215,7 +232,7 @@ def _write_final(run: Path, bundle: Bundle, recipe: FinetuneRecipe, adapted: Pef
         if adapted is not None:
             save_adapter(adapted, temporary / "adapter")
             bundle.model = merged(adapted)
-        config = json.loads((bundle.path / "config.json").read_text())
+        config = _config(bundle, recipe)
         dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
         cast: dict[int, torch.Tensor] = {}  # by storage, so that tied tensors stay one tensor
         state = {
@@ -226,6 +243,8 @@ def _write_final(run: Path, bundle: Bundle, recipe: FinetuneRecipe, adapted: Pef
             bundle.model.save_pretrained(temporary, state_dict=state)
         checkpoint.share(temporary)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # training changed no setting
+        if recipe.scratch is not None:
+            own_record(temporary)
         (temporary / "finetune.yaml").write_text(dump_recipe(recipe))
         (temporary / "README.md").write_text(_model_card(bundle, recipe))
         checkpoint.discard(final)
@@ -315,7 +334,7 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
     with run_lock(run) if main else nullcontext():
         if main:
             checkpoint.remove_stale(run)
-        bundle = load_bundle(Path(recipe.model), dtype=torch.float32)
+        bundle = _bundle(recipe)
         bundle.model.set_attn_implementation(choose_attention(recipe, torch.cuda.is_available()))
         context = _context(bundle, recipe)
         opened = [open_source(name, entry, bundle, reporter.stage) for name, entry in recipe.data.mix.items()]
