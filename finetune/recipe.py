@@ -67,7 +67,8 @@ class ObjectiveSection(Section):
     cm3: float = Field(0.0, ge=0.0, le=1.0, description="share of documents turned into infilling instances")
     spans: Literal["poisson", "one"] = Field("poisson", description="number of spans: Poisson(1) or always one")
     clamp_min: Literal[0, 1] = Field(
-        1, description="least number of spans: 1 masks every chosen document (CM3), 0 leaves 36.8 % of them whole (metaseq)"
+        1,
+        description="least number of spans: 1 masks every chosen document (CM3), 0 leaves 36.8 % of them whole (metaseq)",
     )
     clamp_max: int = Field(16, ge=1, description="greatest number of spans")
     condition_drop: float = Field(
