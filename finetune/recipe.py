@@ -68,7 +68,8 @@ class ObjectiveSection(Section):
     spans: Literal["poisson", "one"] = Field("poisson", description="number of spans: Poisson(1) or always one")
     clamp_min: Literal[0, 1] = Field(
         1,
-        description="least number of spans: 1 masks every chosen document (CM3), 0 leaves 36.8 % of them whole (metaseq)",
+        description="least number of spans: 1 masks every chosen document (CM3's paper), 0 leaves 36.8 % of them whole "
+        "(its code in metaseq)",
     )
     clamp_max: int = Field(16, ge=1, description="greatest number of spans")
     condition_drop: float = Field(

@@ -306,6 +306,7 @@ def cut(
     bos, at = tokens.ids[:1], 1  # every later piece starts with <s> again and loses no token
     while True:
         stop = min(at + limit - 1, len(tokens))
+        stop -= stop == len(tokens) - 1 and stop > at + 1  # </s> alone would be learnt as an empty document
         yield _with_bos(tokens, at, stop, bos)
         if stop == len(tokens):
             return

@@ -121,7 +121,7 @@ def test_the_mini_parents_weights_are_drawn_as_they_were():
 
 
 def test_a_run_from_nothing_resumes_bit_for_bit_and_leaves_a_folder_of_its_own_shape(tmp_path):
-    text, image = tiny_pair(tmp_path)
+    image = tiny_pair(tmp_path)[1]
     record = JamFile.read(image)
     (image / "merge.yaml").write_text("of other weights")
     JamFile(record.vocabulary, record.image_tokenizer, fusion={"method": "cross"}).write(image)
