@@ -1,52 +1,25 @@
 """The training recipes on tiny networks: each trains exactly what it says."""
 
-import json
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from peft import PeftModel
-from PIL import Image
 
 from finetune.recipe import FinetuneRecipe
-from finetune.run import run_finetune
 from jam.layouts.chameleon import chameleon_vocabulary
 from jam.models.load import load_bundle
 from jam.recipe import load_recipe
 from tests.laws.test_training_laws import final_weights
 from tests.layouts.test_chameleon import release
+from tests.recipes.runs import RECIPES, train
 from tests.tiny import tiny_pair
 from tests.tiny_cross import tiny_cross
-
-RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture(autouse=True)
 def fresh_precision(monkeypatch):
     monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # which remembers a process's precision
-
-
-def train(name: str, model: Path, tmp_path: Path, *overrides: str) -> Path:
-    """Three steps of a recipe as it stands, but for model, length and files."""
-    pictures = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
-    rows: dict[str, list[dict]] = {"text": [], "captions": [], "conversations": []}
-    for number, pixels in enumerate(pictures):
-        file = f"{number}.png"
-        Image.fromarray(pixels).save(tmp_path / file)
-        picture = [{"type": "image", "path": file}]
-        turns = [{"role": "user", "content": "Draw a cat."}, {"role": "assistant", "content": picture}]
-        rows["text"].append({"text": f"line {number} of the red cat"})
-        rows["captions"].append({"image": file, "caption": f"the red cat {number}"})
-        rows["conversations"].append({"messages": turns})
-    changes = [f"model={model}", f"output_dir={tmp_path / name}", "train.tokens=null", "train.steps=3"]
-    changes += ["data.seq_len=64", "train.micro_batch_size=2", "train.global_batch_size=4", "optim.warmup=0"]
-    for kind in load_recipe(RECIPES / f"{name}.yaml", FinetuneRecipe).data.mix:
-        path = tmp_path / f"{kind}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows[kind]))
-        changes.append(f"data.mix.{kind}.path={path}")
-    return run_finetune(load_recipe(RECIPES / f"{name}.yaml", FinetuneRecipe, [*changes, *overrides]))
 
 
 def moved(before: dict, after: dict) -> set[str]:
