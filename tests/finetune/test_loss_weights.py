@@ -94,7 +94,11 @@ def test_the_messages_reader_keeps_weights_of_messages_and_parts(root):
     row = {
         "messages": [
             {"role": "user", "content": "<image> the cat"},
-            {"role": "assistant", "content": [{"type": "text", "text": "<image> and", "weight": 3}, PICTURE], "weight": 0},
+            {
+                "role": "assistant",
+                "content": [{"type": "text", "text": "<image> and", "weight": 3}, PICTURE],
+                "weight": 0,
+            },
             {"role": "assistant", "content": "in"},
         ],
         "images": ["a.png", "a.png"],

@@ -1,4 +1,4 @@
-"""Every recipe file runs: itself, through the command line, with overrides that make it small. A new one needs a row."""
+"""Every recipe file runs: itself, through the command line, made small by overrides. A new one needs a row here."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,5 @@
 """The training recipes on tiny networks: each trains exactly what it says."""
 
-
 import pytest
 import torch
 from accelerate.state import AcceleratorState
