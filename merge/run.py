@@ -30,7 +30,7 @@ from jam.journal import JOURNAL, check_parents
 from jam.memory import keep_freed_memory
 from jam.recipe import dump_recipe
 from jam.shards import ShardWriter, TensorSpec, check_output
-from merge import cross, uniform, width
+from merge import cross, extend, uniform, width
 from merge.doubts import doubts
 from merge.forecast import forecast
 from merge.image_network import FOLDER
@@ -65,6 +65,7 @@ METHODS: dict[str, Method] = {
     "uniform": Method(uniform.obstacles, uniform.plan),
     "width": Method(width.obstacles, width.plan),
     "cross": Method(cross.obstacles, cross.plan),
+    "extend": Method(extend.obstacles, extend.plan),
 }
 
 

@@ -40,6 +40,7 @@ MERGES: dict[str, list[str]] = {
     "merge_uniform": [],
     "merge_width": [],
     "merge_cross": [],
+    "merge_extend": [],
     "smollm2/merge": ["cross.pairs=[[2, 2], [4, 4]]"],
 }
 
