@@ -120,6 +120,18 @@ class ParameterGroup(Section):
         "they are, undecayed (one process or DDP)",
     )
 
+    fresh: Literal["mean", "normal", "zero", "he"] | None = Field(
+        None,
+        description="how these rows begin: mean of the other rows; normal around it with their deviation, column by "
+        "column; zero; he: normal with variance 2 / width; null leaves them as the model has them",
+    )
+
+    @model_validator(mode="after")
+    def _fresh_rows(self) -> "ParameterGroup":
+        if self.fresh is not None and self.rows is None:
+            raise ValueError(f"fresh is {self.fresh} without rows; required: which rows begin anew; add rows")
+        return self
+
     @field_validator("rows")
     @classmethod
     def _ranges(cls, rows: tuple[tuple[int, int], ...] | None) -> tuple[tuple[int, int], ...] | None:

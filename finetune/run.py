@@ -28,6 +28,7 @@ from finetune.loop import StepReport, Trainer
 from finetune.lora import adapt, merged, save_adapter
 from finetune.order import ORDER, PackedSource, Plan
 from finetune.recipe import FinetuneRecipe
+from finetune.rows import fresh_rows
 from finetune.scratch import own_record, scratch_bundle, scratch_config
 from finetune.sources import open_source
 from jam.errors import RunError
@@ -335,6 +336,7 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
         if main:
             checkpoint.remove_stale(run)
         bundle = _bundle(recipe)
+        fresh_rows(bundle.model, recipe.optim, recipe.seed)
         bundle.model.set_attn_implementation(choose_attention(recipe, torch.cuda.is_available()))
         context = _context(bundle, recipe)
         opened = [open_source(name, entry, bundle, reporter.stage) for name, entry in recipe.data.mix.items()]

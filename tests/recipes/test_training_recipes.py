@@ -43,7 +43,7 @@ def test_cross_only_opens_the_gates_of_a_fresh_merge(tmp_path):
 def test_anole_rows_moves_the_heads_rows_of_the_codes_and_none_besides(tmp_path):
     _, model = tiny_pair(tmp_path, family="chameleon", tie_word_embeddings=False)
     span = load_bundle(model).vocabulary.image_span
-    head = f"{{match: '^lm_head\\.', lr_mul: 1.0, rows: [[{span.start}, {span.stop}]]}}"
+    head = f"{{match: '^lm_head\\.', lr_mul: 1.0, rows: [[{span.start}, {span.stop}]], fresh: he}}"
     rest = "{match: '.', lr_mul: 0.0}"
     before = final_weights(model)
     after = final_weights(train("anole_rows", model, tmp_path, f"optim.groups=[{head}, {rest}]"))
@@ -51,7 +51,8 @@ def test_anole_rows_moves_the_heads_rows_of_the_codes_and_none_besides(tmp_path)
     rows = (before["lm_head.weight"] != after["lm_head.weight"]).any(1).nonzero()[:, 0].tolist()
     assert rows == list(range(span.start, span.stop))
     groups = load_recipe(RECIPES / "anole_rows.yaml", FinetuneRecipe).optim.groups
-    assert [(g.match, g.lr_mul) for g in groups] == [(r"^lm_head\.", 1.0), (".", 0.0)]  # as trained here
+    expected = [(r"^lm_head\.", 1.0, "he"), (".", 0.0, None)]  # as trained here
+    assert [(g.match, g.lr_mul, g.fresh) for g in groups] == expected
     codes = chameleon_vocabulary(release(), 65_536)[0].image_span
     assert groups[0].rows == ((codes.start, codes.stop),)
 
