@@ -140,7 +140,7 @@ def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "expected"),
     [
         (["merge"], ["command line: method: not given", "command line: out: not given"]),
-        (["merge", "--out", "o"], ["command line: method: not given; required: uniform, width or cross"]),
+        (["merge", "--out", "o"], ["command line: method: not given; required: uniform, width, cross or extend"]),
         (
             ["merge", "--method", "cross", "--out", "a: b", "cros.every=3"],
             ['override "cros.every=3": cros: unknown key; did you mean "cross"?'],
