@@ -135,4 +135,3 @@ def plan(pair: Pair, recipe: MergeRecipe) -> Plan:
         notes,
         {"table": recipe.extend.table, "head": recipe.extend.head},
     )
-
