@@ -101,6 +101,14 @@ def _table_of(pair: Pair, name: str, init: str) -> Table | None:
     return Table(image, tensor, np.where(rows.source == NONE, MEAN, rows.source), rows)
 
 
+def _map(pair: Pair, use: str) -> np.ndarray:
+    """int64 [V], as ``tower_map``, but for reserved ids of the text parent that stay reserved: they keep their rows."""
+    found, theirs = tower_map(pair.union, pair.text, use), pair.union.text.source
+    reserved = (found == MEAN) & (theirs >= 0)
+    reserved[list(pair.union.vocabulary.controls.values())] = False
+    return np.where(reserved, theirs, found)
+
+
 def _jobs(pair: Pair, recipe: MergeRecipe) -> Iterator[Job]:
     text, size = pair.text, pair.union.vocabulary.size
     for name, axes in text.axes.items():
@@ -109,7 +117,7 @@ def _jobs(pair: Pair, recipe: MergeRecipe) -> Iterator[Job]:
             is_head = name == HEAD
             init = (recipe.extend.head if is_head else None) or recipe.extend.table
             use = "tied" if text.sizes.tied else "head" if is_head else "input"
-            table = Table(text, name, tower_map(pair.union, text, use), pair.union.text)
+            table = Table(text, name, _map(pair, use), pair.union.text)
             shape, rule = (size, shape[1]), Extended(table, init, recipe.seed, name, _table_of(pair, name, init))
         yield Job(name, shape, rule)
 

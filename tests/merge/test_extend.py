@@ -10,13 +10,14 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from jam.checkpoint import WEIGHTS
-from jam.errors import MergeError
+from jam.errors import CheckpointError, MergeError
 from jam.models.load import load_bundle
 from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD
 from jam.tokens.vocabulary import JamFile
 from merge.recipe import MergeRecipe
 from merge.run import run_merge
-from tests.tiny import tiny_pair
+from tests import step_zero
+from tests.tiny import CODES_PER_IMAGE, tiny_pair
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OLD = [0, 2, *range(8, 288)]  # what the text parent trained, without the pad row
@@ -109,6 +110,32 @@ def test_another_tokenizer_keeps_the_text_parents_words(tmp_path):
     assert vocabulary.image_span.stop == vocabulary.size and len(weights(out)[EMBED]) == vocabulary.size
     assert (out / "tokenizer.json").read_bytes() == (pair[0] / "tokenizer.json").read_bytes()
     assert load_bundle(out).vocabulary.converses
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_an_image_tokenizer_is_image_parent_enough(tmp_path, family):
+    """A plain LLM and a VQGAN, neither of which knows of jam."""
+    text, image = tiny_pair(tmp_path, text_family=family, tie_word_embeddings=False)
+    (text / "jam.json").unlink()
+    out = extended(tmp_path, (text, image / "image_tokenizer"), head="zero")
+    bundle = load_bundle(out)
+    vocabulary = bundle.vocabulary
+    assert vocabulary.codebook_size == 16 and vocabulary.codes_per_image == 4 and vocabulary.converses
+    assert {"mask", "infill", "begin_image", "end_image"} <= vocabulary.controls.keys()
+    ours, theirs = weights(out), weights(text)
+    assert np.array_equal(ours[EMBED][: len(theirs[EMBED])], theirs[EMBED]) and len(ours[EMBED]) == vocabulary.size
+    assert (out / "image_tokenizer" / WEIGHTS).read_bytes() == (image / "image_tokenizer" / WEIGHTS).read_bytes()
+    fates = json.loads((out / "report.json").read_text())["inputs"]["image"]
+    assert fates and all(fate.startswith("to image_tokenizer/") for fate in fates.values())
+    assert step_zero.draws(bundle) == CODES_PER_IMAGE
+    with pytest.raises(CheckpointError, match=r"jam\.json|tokenizer\.json"):
+        run_merge(MergeRecipe(method="cross", text=text, image=image / "image_tokenizer", out=tmp_path / "no"))
+
+
+def test_rows_of_an_image_parent_without_a_network_are_refused(tmp_path):
+    text, image = tiny_pair(tmp_path, text_family="llama", tie_word_embeddings=False)
+    with pytest.raises(MergeError, match=r"extend\.table is parent"):
+        extended(tmp_path, (text, image / "image_tokenizer"), table="parent")
 
 
 def test_every_row_and_every_tensor_is_accounted_for(tmp_path, untied):
