@@ -28,12 +28,11 @@ from finetune.loop import StepReport, Trainer
 from finetune.lora import adapt, merged, save_adapter
 from finetune.order import ORDER, PackedSource, Plan
 from finetune.recipe import FinetuneRecipe
-from finetune.rows import fresh_rows
-from finetune.scratch import own_record, scratch_bundle, scratch_config
+from finetune.scratch import own_record, starting_bundle, trained_config
 from finetune.sources import open_source
 from jam.errors import RunError
 from jam.memory import keep_freed_memory
-from jam.models.load import Bundle, load_bundle, quiet_transformers
+from jam.models.load import Bundle, quiet_transformers
 from jam.plot import loss_curves
 from jam.recipe import dump_recipe
 
@@ -146,13 +145,6 @@ def _context(bundle: Bundle, recipe: FinetuneRecipe) -> int:
     return context
 
 
-def _bundle(recipe: FinetuneRecipe) -> Bundle:
-    """What the run begins with, in float32."""
-    if recipe.scratch is not None:
-        return scratch_bundle(Path(recipe.model), recipe.scratch, recipe.seed)
-    return load_bundle(Path(recipe.model), dtype=torch.float32)
-
-
 def _resume(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter) -> None:
     """Puts the trainer where the newest good checkpoint left off."""
     found = None if recipe.resume == "never" else checkpoint.newest(run, reporter.line)
@@ -203,17 +195,10 @@ def _model_card(bundle: Bundle, recipe: FinetuneRecipe) -> str:
     lines = ["---", "library_name: transformers", "tags: [jam]", "---", "", f"# {bundle.path.name}, trained", ""]
     kind = type(bundle.model).__name__
     if recipe.scratch is not None:
-        lines = [*lines[:5], f"# {Path(recipe.output_dir).name}, trained from nothing", ""]
+        lines[-2] = f"# {Path(recipe.output_dir).name}, trained from nothing"
     lines += [f"`{kind}`, {tokens:,} tokens in sequences of {recipe.data.seq_len}; mix: {mix}.", ""]
     lines += ["`finetune.yaml` is the recipe; `merge.yaml` and `report.json`, where present, are of the merge.", ""]
     return "\n".join(lines)
-
-
-def _config(bundle: Bundle, recipe: FinetuneRecipe) -> dict:
-    """config.json of the network that is trained."""
-    if recipe.scratch is not None:
-        return scratch_config(bundle.path, recipe.scratch, bundle.vocabulary)
-    return json.loads((bundle.path / "config.json").read_text())
 
 
 def _write_final(run: Path, bundle: Bundle, recipe: FinetuneRecipe, adapted: PeftModel | None = None) -> Path:
@@ -233,7 +218,7 @@ def _write_final(run: Path, bundle: Bundle, recipe: FinetuneRecipe, adapted: Pef
         if adapted is not None:
             save_adapter(adapted, temporary / "adapter")
             bundle.model = merged(adapted)
-        config = _config(bundle, recipe)
+        config = trained_config(bundle, recipe)
         dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
         cast: dict[int, torch.Tensor] = {}  # by storage, so that tied tensors stay one tensor
         state = {
@@ -335,8 +320,7 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
     with run_lock(run) if main else nullcontext():
         if main:
             checkpoint.remove_stale(run)
-        bundle = _bundle(recipe)
-        fresh_rows(bundle.model, recipe.optim, recipe.seed)
+        bundle = starting_bundle(recipe)
         bundle.model.set_attn_implementation(choose_attention(recipe, torch.cuda.is_available()))
         context = _context(bundle, recipe)
         opened = [open_source(name, entry, bundle, reporter.stage) for name, entry in recipe.data.mix.items()]

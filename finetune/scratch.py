@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from finetune.recipe import ScratchSection
+from finetune.recipe import FinetuneRecipe, ScratchSection
+from finetune.rows import fresh_rows
 from jam.checkpoint import read_json
 from jam.errors import RunError
 from jam.models.families import FAMILIES
 from jam.models.family import Family
-from jam.models.load import Bundle
+from jam.models.load import Bundle, load_bundle
 from jam.models.tower import network_class
 from jam.tokens.belong import check_tokenizers
 from jam.tokens.image import ImageTokenizer
@@ -28,6 +29,28 @@ POSITION_SHARE = 30  # of a position's standard deviation in the others': 0.0002
 _RESIDUAL = ("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")  # what a block adds goes through it
 _BY_LAYER = ("layer_types", "no_rope_layers")  # lists that belong to the folder's depth; the class makes them anew
 NOT_FROM_THE_FOLDER = ("finetune.yaml", "log.jsonl", "merge.yaml", "report.json")  # they speak of its weights
+
+
+def starting_bundle(recipe: FinetuneRecipe) -> Bundle:
+    """What a run begins with, in float32: the recipe's model or new weights, and rows that begin anew.
+
+    Raises:
+        CheckpointError: as ``jam.models.load.load_bundle`` or :func:`scratch_bundle`.
+        RunError: as :func:`scratch_bundle` or ``finetune.rows.fresh_rows``.
+    """
+    if recipe.scratch is None:
+        bundle = load_bundle(Path(recipe.model), dtype=torch.float32)
+    else:
+        bundle = scratch_bundle(Path(recipe.model), recipe.scratch, recipe.seed)
+    fresh_rows(bundle.model, recipe.optim, recipe.seed)
+    return bundle
+
+
+def trained_config(bundle: Bundle, recipe: FinetuneRecipe) -> dict:
+    """config.json of the network that is trained: the model's own, or that of the recipe's shape."""
+    if recipe.scratch is None:
+        return read_json(bundle.path / "config.json")
+    return scratch_config(bundle.path, recipe.scratch, bundle.vocabulary)
 
 
 def scratch_config(folder: Path, section: ScratchSection, vocabulary: Vocabulary) -> dict:
