@@ -28,16 +28,17 @@ from finetune.loop import StepReport, Trainer
 from finetune.lora import adapt, merged, save_adapter
 from finetune.order import ORDER, PackedSource, Plan
 from finetune.recipe import FinetuneRecipe
+from finetune.scratch import own_record, starting_bundle, trained_config
 from finetune.sources import open_source
 from jam.errors import RunError
 from jam.memory import keep_freed_memory
-from jam.models.load import Bundle, load_bundle, quiet_transformers
+from jam.models.load import Bundle, quiet_transformers
 from jam.models.packed import DOCUMENTS
 from jam.plot import loss_curves
 from jam.recipe import dump_recipe
 
 # settings that a resumed run may not change
-FIXED = ("model", "seed", "data", "objective", "loss", "lora", "optim", "train")
+FIXED = ("model", "seed", "data", "objective", "loss", "scratch", "lora", "optim", "train")
 
 
 class Interrupted(RunError):
@@ -121,7 +122,7 @@ def changed_settings(recorded: dict, recipe: FinetuneRecipe) -> list[str]:
     order = recorded.get("order", "shuffled")  # before it was recorded
     recorded = {key: value for key, value in recorded.items() if key != "order"}
     with suppress(ValidationError):  # a setting that is gone: it is named as it stands
-        recorded = fixed_settings(FinetuneRecipe.model_validate(recipe.model_dump() | recorded))
+        recorded = fixed_settings(FinetuneRecipe.model_validate(recipe.model_dump(exclude=set(FIXED)) | recorded))
     return _differences(recorded | {"order": order}, fixed_settings(recipe))
 
 
@@ -192,6 +193,8 @@ def _model_card(bundle: Bundle, recipe: FinetuneRecipe) -> str:
     mix = ", ".join(f"{name} {entry.weight:g}" for name, entry in recipe.data.mix.items())
     lines = ["---", "library_name: transformers", "tags: [jam]", "---", "", f"# {bundle.path.name}, trained", ""]
     kind = type(bundle.model).__name__
+    if recipe.scratch is not None:
+        lines[-2] = f"# {Path(recipe.output_dir).name}, trained from nothing"
     lines += [f"`{kind}`, {tokens:,} tokens in sequences of {recipe.data.seq_len}; mix: {mix}.", ""]
     lines += ["`finetune.yaml` is the recipe; `merge.yaml` and `report.json`, where present, are of the merge.", ""]
     return "\n".join(lines)
@@ -214,7 +217,7 @@ def _write_final(run: Path, bundle: Bundle, recipe: FinetuneRecipe, adapted: Pef
         if adapted is not None:
             save_adapter(adapted, temporary / "adapter")
             bundle.model = merged(adapted)
-        config = json.loads((bundle.path / "config.json").read_text())
+        config = trained_config(bundle, recipe)
         dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
         cast: dict[int, torch.Tensor] = {}  # by storage, so that tied tensors stay one tensor
         state = {
@@ -225,6 +228,8 @@ def _write_final(run: Path, bundle: Bundle, recipe: FinetuneRecipe, adapted: Pef
             bundle.model.save_pretrained(temporary, state_dict=state)
         checkpoint.share(temporary)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # training changed no setting
+        if recipe.scratch is not None:
+            own_record(temporary)
         (temporary / "finetune.yaml").write_text(dump_recipe(recipe))
         (temporary / "README.md").write_text(_model_card(bundle, recipe))
         checkpoint.discard(final)
@@ -314,7 +319,7 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
     with run_lock(run) if main else nullcontext():
         if main:
             checkpoint.remove_stale(run)
-        bundle = load_bundle(Path(recipe.model), dtype=torch.float32)
+        bundle = starting_bundle(recipe)
         bundle.model.set_attn_implementation(choose_attention(recipe))
         context = _context(bundle, recipe)
         opened = [open_source(name, entry, bundle, reporter.stage) for name, entry in recipe.data.mix.items()]

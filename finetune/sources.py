@@ -273,7 +273,18 @@ def _rendered(source: Source, bundle: Bundle, document: Document, index: int, dr
 
 
 def pieces(source: Source, bundle: Bundle, index: int, draw: float, seq_len: int) -> list[Tokens]:
-    """Document ``index`` as tokens, in pieces of at most ``seq_len``; only text is ever cut.
+    """Document ``index`` as tokens, in pieces of at most ``seq_len``; errors as :func:`cut`."""
+    return list(cut(source, bundle, index, draw, seq_len, lambda: 0))
+
+
+def cut(
+    source: Source, bundle: Bundle, index: int, draw: float, seq_len: int, growth: Callable[[], int]
+) -> Iterator[Tokens]:
+    """Document ``index`` as tokens, in pieces that leave room to grow within ``seq_len``; only text is ever cut.
+
+    Args:
+        growth: asked before each piece how many tokens it will grow by; a piece keeps half of ``seq_len`` whatever it
+            says, as one with images keeps all.
 
     Raises:
         DataError: a document with images is longer than ``seq_len``.
@@ -282,16 +293,24 @@ def pieces(source: Source, bundle: Bundle, index: int, draw: float, seq_len: int
     tokens = made if isinstance(made, Tokens) else _rendered(source, bundle, made, index, draw, seq_len)
     factors = np.where(tokens.heads == IMAGE_HEAD, source.loss_image, source.loss_text).astype(np.float32)
     tokens = Tokens(tokens.ids, tokens.heads, tokens.weights * factors, tokens.segments)
-    if len(tokens) <= seq_len:
-        return [tokens]
-    if (tokens.heads == IMAGE_HEAD).any():
+    limit = seq_len - min(growth(), seq_len // 2)
+    whole = bool((tokens.heads == IMAGE_HEAD).any())
+    if len(tokens) <= (seq_len if whole else limit):
+        yield tokens
+        return
+    if whole:
         raise DataError(
             f"data.mix.{source.name}: document {index} has {len(tokens)} tokens with its images; "
             f"data.seq_len {seq_len} must hold it whole, raise data.seq_len"
         )
-    bos = tokens.ids[:1]
-    body = range(1, len(tokens), seq_len - 1)  # every later piece starts with <s> again and loses no token
-    return [_with_bos(tokens, at, min(at + seq_len - 1, len(tokens)), bos) for at in body]
+    bos, at = tokens.ids[:1], 1  # every later piece starts with <s> again and loses no token
+    while True:
+        stop = min(at + limit - 1, len(tokens))
+        stop -= stop == len(tokens) - 1 and stop > at + 1  # </s> alone would be learnt as an empty document
+        yield _with_bos(tokens, at, stop, bos)
+        if stop == len(tokens):
+            return
+        at, limit = stop, seq_len - min(growth(), seq_len // 2)
 
 
 def _with_bos(tokens: Tokens, start: int, stop: int, bos: np.ndarray) -> Tokens:
