@@ -9,7 +9,6 @@ import errno
 import fcntl
 import importlib.metadata
 import json
-import math
 import os
 import shutil
 import signal
@@ -24,6 +23,7 @@ from peft import PeftModel
 from pydantic import ValidationError
 
 from finetune import checkpoint
+from finetune.log import append_log, log_line, trim_log
 from finetune.loop import StepReport, Trainer
 from finetune.lora import adapt, merged, save_adapter
 from finetune.order import ORDER, PackedSource, Plan
@@ -167,26 +167,6 @@ def _resume(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Repor
     reporter.line(f"resuming from {found} (step {trainer.step} of {trainer.steps})")
 
 
-def _log_line(trainer: Trainer, reports: list[StepReport], totals: torch.Tensor) -> dict:
-    """One line of log.jsonl over the steps since the last one."""
-    summed = torch.stack([report.sums for report in reports]).sum(0)
-    means = summed[:, 0] / summed[:, 1].clamp_min(1)
-    names = [source.source.name for source in trainer.plan.sources]
-    last, seconds = reports[-1], sum(report.seconds for report in reports)
-    line = {"step": last.step, "tokens": last.tokens, "loss": sum(r.loss for r in reports) / len(reports)}
-    line |= {
-        f"loss/{m}": float(mean) for m, mean, n in zip(("text", "image"), means[:2], summed[:2, 1], strict=True) if n
-    }
-    if trainer.recipe.loss.z:
-        line["loss/z"] = sum(r.z for r in reports) / len(reports)
-    sources = zip(names, means[2:], summed[2:, 1], strict=True)  # apart: a source may well be named text or image
-    line |= {f"loss/source/{name}": float(mean) for name, mean, n in sources if n}
-    shares = totals[2:, 1] / totals[2:, 1].sum().clamp_min(1)
-    line |= {f"share/{name}": round(float(share), 4) for name, share in zip(names, shares, strict=True)}
-    line |= {"lr": last.lr, "grad_norm": last.grad_norm, "seconds": round(seconds, 3)}
-    return line
-
-
 def _model_card(bundle: Bundle, recipe: FinetuneRecipe) -> str:
     """README.md of ``final/``: that of the model it was trained from would speak of an untrained merge."""
     tokens = total_steps(recipe) * recipe.train.global_batch_size * recipe.data.seq_len
@@ -239,31 +219,6 @@ def _write_final(run: Path, bundle: Bundle, recipe: FinetuneRecipe, adapted: Pef
     finally:  # also when Ctrl+C ends it
         shutil.rmtree(temporary, ignore_errors=True)
     return final
-
-
-def _append_log(run: Path, line: dict) -> None:
-    with open(run / "log.jsonl", "a", encoding="utf-8") as log:
-        log.write(json.dumps(line) + "\n")
-
-
-def _trim_log(run: Path, step: int) -> None:
-    """Drops lines beyond the step that a run resumes from, so that no step is logged twice."""
-    path = run / "log.jsonl"
-    if path.exists():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(True)
-        kept = [line for line in lines if line.endswith("\n") and _logged_step(line) <= step]
-        if kept != lines:
-            temporary = path.with_name(".log.jsonl.tmp")  # a disk that is full must not cost the log that is there
-            temporary.write_text("".join(kept), encoding="utf-8")
-            temporary.replace(path)
-
-
-def _logged_step(line: str) -> float:
-    """The step of a line; infinity for one that does not parse, as a full disk or a power cut leaves it."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 @contextmanager
@@ -327,7 +282,7 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
         with _told_of(run):
             if main:
                 _prepare(run, recipe, source)  # not before: a refused run must not replace the record of the one there
-                _trim_log(run, trainer.step)
+                trim_log(run, trainer.step)
             return _train(run, recipe, trainer, reporter, adapted)
 
 
@@ -346,7 +301,7 @@ def _train(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Report
 
     def flush() -> None:
         if pending and main:
-            _append_log(run, _log_line(trainer, pending, totals))
+            append_log(run, log_line(trainer, pending, totals))
         pending.clear()
 
     with stop_signals() as stop:
