@@ -23,12 +23,16 @@ from peft import PeftModel
 from pydantic import ValidationError
 
 from finetune import checkpoint
-from finetune.log import append_log, log_line, trim_log
+from finetune.boards import check_packages, open_boards
+from finetune.flops import WorkMeter, peak_of
+from finetune.log import append_log, log_line, trim_log, utilisation
 from finetune.loop import StepReport, Trainer
 from finetune.lora import adapt, merged, save_adapter
 from finetune.order import ORDER, PackedSource, Plan
 from finetune.recipe import FinetuneRecipe
+from finetune.retention import RETENTION
 from finetune.sources import open_source
+from finetune.watch import Watch, check_engine
 from jam.errors import RunError
 from jam.memory import keep_freed_memory
 from jam.models.load import Bundle, load_bundle, quiet_transformers
@@ -164,6 +168,10 @@ def _resume(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Repor
     state, ema = checkpoint.load(found, trainer.bundle.model, trainer.raw_optimizer)
     trainer.step, trainer.tokens = state["step"], state["tokens"]
     trainer.ema = ema if ema is not None else trainer.ema
+    if (read := state.get("read")) is None:
+        reporter.line(f"{found} does not say what was read of each source; shares count from here on")
+    else:
+        trainer.read = torch.tensor(read, dtype=torch.float64)
     reporter.line(f"resuming from {found} (step {trainer.step} of {trainer.steps})")
 
 
@@ -261,11 +269,13 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
     run = Path(recipe.output_dir)
     if run.resolve().is_relative_to(recipe.model.resolve()):
         raise RunError(f"output_dir {run} lies inside the model {recipe.model}; choose a folder outside of it")
+    check_packages(recipe.log)
     keep_freed_memory()
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     precision = "bf16" if recipe.train.precision == "bf16" else "no"
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    check_engine(recipe, accelerator)
     main = accelerator.is_main_process  # the folder is its business alone; the other ranks only read
     with run_lock(run) if main else nullcontext():
         if main:
@@ -283,34 +293,45 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
             if main:
                 _prepare(run, recipe, source)  # not before: a refused run must not replace the record of the one there
                 trim_log(run, trainer.step)
+                trim_log(run, trainer.step or -1, RETENTION)  # a fresh run knows nothing of the parents
             return _train(run, recipe, trainer, reporter, adapted)
 
 
 def _train(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter, adapted: PeftModel | None) -> Path:
     main = trainer.accelerator.is_main_process
-    totals = torch.zeros(2 + len(trainer.plan.sources), 2, dtype=torch.float64)
+    watch = Watch.open(run, trainer, reporter.stage, reporter.line) if main and recipe.watch is not None else None
+    meter = WorkMeter(trainer.bundle, recipe.loss.softmax == "joint")
+    peak = peak_of(recipe, trainer.accelerator.device)
     pending: list[StepReport] = []
     saved = trainer.step
 
     def save() -> None:
         if main:
             state = {"tokens": trainer.tokens, "settings": fixed_settings(recipe), "time": time.time()}
+            state["read"] = trainer.read.tolist()
             checkpoint.save(run, trainer.step, trainer.bundle.model, trainer.raw_optimizer, trainer.ema, state)
             checkpoint.rotate(run, recipe.save.keep)
         trainer.accelerator.wait_for_everyone()
 
-    def flush() -> None:
+    def flush(seen: dict[str, float] | None = None) -> None:
         if pending and main:
-            append_log(run, log_line(trainer, pending, totals))
+            line = log_line(trainer, pending, meter.work(), peak) | (seen or {})
+            append_log(run, line)
+            show(line)
         pending.clear()
 
-    with stop_signals() as stop:
+    settings = recipe.model_dump(mode="json")
+    shown = open_boards(run, recipe.log, settings, reporter.line) if main else nullcontext(lambda line: None)
+    with shown as show, stop_signals() as stop:
         for report in trainer.run(lambda: bool(stop())):
-            totals += report.sums
             pending.append(report)
+            flops = meter.work().of(report.counts, report.sums)
+            if peak is not None:
+                report.mfu = utilisation(trainer, flops, report.seconds, peak)
             reporter.step(report)
-            if report.step % recipe.log.every == 0 or report.step == report.steps:
-                flush()
+            seen = watch.look() if watch is not None and watch.due(report.step) else None
+            if seen or report.step % recipe.log.every == 0 or report.step == report.steps:
+                flush(seen)
             if report.step % recipe.save.every == 0 and report.step < report.steps:
                 save()
                 saved = report.step
