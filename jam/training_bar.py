@@ -67,8 +67,8 @@ class TrainingBar(Reporter):
         self.tokens = report.tokens
         if report.mfu is not None:
             self._smooth("mfu", report.mfu)
-        forms = {"tokens/s": "{:.0f}", "mfu": "{:.1%}"}
-        parts = [f"{name} {forms.get(name, '{:.3f}').format(value)}" for name, value in self.figures.items()]
+        shown = {"text": ".3f", "image": ".3f", "tokens/s": ".0f", "mfu": ".1%"}
+        parts = [f"{name} {self.figures[name]:{form}}" for name, form in shown.items() if name in self.figures]
         figures = "  ".join(parts)
         self._draw("training", report.step, report.steps, figures)
         if not self.console.is_terminal and (report.step % self.every == 0 or report.step == report.steps):
