@@ -132,7 +132,9 @@ def summary(row: dict, rows: Sequence[dict]) -> str:
     for side, unit in (("text", "nats/byte"), ("image", "nats/code")):
         if row[side] is not None:
             names = (f"{side} parent", "step 0")
-            base = next((one for name in names for one in rows if one["of"] == name and one[side] is not None), None)
+            base = next(
+                (one for name in names for one in rows if one["of"] == name and one.get(side) is not None), None
+            )
             over = f" ({change(row[side], base[side])} over {base['of']})" if base is not None else ""
             parts.append(f"{side} {row[side]:.3f} {unit}{over}")
     return ", ".join(parts)
