@@ -48,7 +48,8 @@ def aside(trainer: Trainer) -> Iterator[None]:
     model, device = trainer.bundle.model, trainer.accelerator.device
     modes = [(module, module.training) for module in model.modules()]
     weights = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), trainer.accelerator.autocast():
+    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=trainer.recipe.train.precision == "bf16")
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), bf16:
         try:
             for name, parameter in model.named_parameters():
                 if trainer.ema is not None and name in trainer.ema:
