@@ -320,7 +320,7 @@ class FinetuneRecipe(Recipe):
         "logging_steps": "log.every",
         "report_to": "log.tensorboard",
         "wandb_project": "log.wandb",
-        "eval_steps": "watch.every",
+        "eval_steps": "watch",
         "base_model": "model",
         "model_name_or_path": "model",
         "out": "output_dir",
