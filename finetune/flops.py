@@ -16,6 +16,7 @@ Tables, norms and the optimizer count nothing; what is done twice to save memory
 the model's own codes counts once: it is the model's work, not the machine's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -84,10 +85,10 @@ class Work:
     pair: float
     rows: tuple[float, float]
 
-    def of(self, counts: Tensor, sums: Tensor) -> float:
+    def of(self, counts: Sequence[float], sums: Tensor) -> float:
         """Of what ``finetune.measure.count`` and ``finetune.loss.sums`` found."""
         rows = sum(cost * float(count) for cost, count in zip(self.rows, sums[:2, 1], strict=True))
-        return self.token * float(counts[TOKENS]) + self.pair * float(counts[PAIRS]) + rows
+        return self.token * counts[TOKENS] + self.pair * counts[PAIRS] + rows
 
 
 @dataclass

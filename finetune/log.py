@@ -25,7 +25,7 @@ def log_line(trainer: Trainer, reports: list[StepReport], work: Work, peak: floa
         peak: TFLOP/s of one device, where it is known.
     """
     summed = torch.stack([report.sums for report in reports]).sum(0)
-    counts = torch.stack([report.counts for report in reports]).sum(0)
+    counts = torch.tensor([report.counts for report in reports], dtype=torch.float64).sum(0).tolist()
     means = summed[:, 0] / summed[:, 1].clamp_min(1)
     last, seconds = reports[-1], sum(report.seconds for report in reports)
     line = {"step": last.step, "tokens": last.tokens, "loss": sum(r.loss for r in reports) / len(reports)}
@@ -42,7 +42,7 @@ def log_line(trainer: Trainer, reports: list[StepReport], work: Work, peak: floa
     line |= {f"target/{name}": round(w / sum(weights), 4) for name, w in zip(names, weights, strict=True)}
     line |= shares(counts) | {"lr": last.lr, "grad_norm": last.grad_norm, "seconds": round(seconds, 3)}
     flops = work.of(counts, summed)
-    line["tokens_per_second"] = round(float(counts[TOKENS] - counts[DOCUMENTS]) / seconds, 1)
+    line["tokens_per_second"] = round((counts[TOKENS] - counts[DOCUMENTS]) / seconds, 1)
     line["tflops"] = float(f"{flops / seconds / 1e12:.4g}")
     if peak is not None:
         line["mfu"] = round(utilisation(trainer, flops, seconds, peak), 4)

@@ -40,7 +40,7 @@ class StepReport:
     lr: float
     seconds: float
     sums: Tensor
-    counts: Tensor | None = None
+    counts: list[float] = field(default_factory=list)
     mfu: float | None = None
 
 
@@ -162,7 +162,9 @@ class Trainer:
         counts = self.accelerator.reduce(self.counts.to(batch.ids.device), "sum").cpu()
         self.read = counts[SOURCES:] if self.read is None else self.read + counts[SOURCES:]
         seconds = time.perf_counter() - began
-        return StepReport(self.step, self.steps, self.tokens, loss, z, float(norm), rate, seconds, logged, counts)
+        return StepReport(
+            self.step, self.steps, self.tokens, loss, z, float(norm), rate, seconds, logged, counts.tolist()
+        )
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -55,10 +55,9 @@ def masked(tokens: Tokens, vocabulary: Vocabulary) -> tuple[int, int, int, int]:
     return 1, int((own[cuts[0] :] >= 0).sum()), int(captioned), 0
 
 
-def shares(counts: Tensor) -> dict[str, float]:
+def shares(figures: Many[float]) -> dict[str, float]:
     """The keys of a log's line: ``fill`` of the places; ``infill/documents``, ``infill/tokens`` of all that was read;
     ``condition_drop`` of the captions, where there were any."""
-    figures = counts.tolist()
     line = {
         "fill": figures[TOKENS] / figures[PLACES],
         "infill/documents": figures[INFILLED] / max(1.0, figures[DOCUMENTS]),

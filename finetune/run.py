@@ -26,7 +26,7 @@ from finetune import checkpoint
 from finetune.boards import check_packages, open_boards
 from finetune.flops import WorkMeter, peak_of
 from finetune.log import append_log, log_line, trim_log, utilisation
-from finetune.loop import StepReport, Trainer
+from finetune.loop import WHOLE_MODELS, StepReport, Trainer
 from finetune.lora import adapt, merged, save_adapter
 from finetune.order import ORDER, PackedSource, Plan
 from finetune.recipe import FinetuneRecipe
@@ -275,7 +275,7 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
         torch.set_num_threads(recipe.train.threads)
     precision = "bf16" if recipe.train.precision == "bf16" else "no"
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
-    check_engine(recipe, accelerator)
+    check_engine(recipe, accelerator.distributed_type not in WHOLE_MODELS, accelerator.distributed_type.value)
     main = accelerator.is_main_process  # the folder is its business alone; the other ranks only read
     with run_lock(run) if main else nullcontext():
         if main:

@@ -14,13 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from finetune import mini_data
 from finetune.checkpoint import discard
 from finetune.held_out import held_out_pictures, spread
 from finetune.log import append_log, read_lines
-from finetune.loop import WHOLE_MODELS, Trainer
+from finetune.loop import Trainer
 from finetune.recipe import FinetuneRecipe, WatchSection
 from finetune.retention import RETENTION, HeldOut, parents_of, reason, summary, table
 from jam.decode.job import prepare
@@ -33,12 +32,12 @@ from jam.models.load import Bundle, load_bundle
 WORDS = 160  # tokens of a reply beside its image
 
 
-def check_engine(recipe: FinetuneRecipe, accelerator: Accelerator) -> None:
-    """Raises RunError where the weights are sharded, so that no rank could look alone."""
-    if recipe.watch is not None and accelerator.distributed_type not in WHOLE_MODELS:
+def check_engine(recipe: FinetuneRecipe, shards: bool, name: str) -> None:
+    """Raises RunError where an engine shards the weights, so that no rank could look alone."""
+    if recipe.watch is not None and shards:
         raise RunError(
-            f"watch over {accelerator.distributed_type.value}, which shards the weights; a look needs them whole on "
-            "one device: run on one device or under DDP, or set watch: null"
+            f"watch over {name}, which shards the weights; a look needs them whole on one device: run on one device or "
+            "under DDP, or set watch: null"
         )
 
 

@@ -46,11 +46,11 @@ def test_counts_by_source_and_shares_of_what_was_read():
     a, b, c = len(caption), len(plain), len(dropped)
     assert found[[DOCUMENTS, TOKENS, PLACES, PAIRS]].tolist() == [3, a + b + c, 80, a * a + b * b + c * c]
     assert found[SOURCES:].tolist() == [c, a + b]
-    line = shares(found)
+    line = shares(found.tolist())
     assert line["condition_drop"] == 0.5 and line["infill/documents"] == 0.0
     assert line["fill"] == round((a + b + c) / 80, 4)
     assert count(sequences, [1, 0], [False, True], 40, VOCABULARY)[7] == 0  # a conversation that holds <infill>
-    assert "condition_drop" not in shares(count([[Placed(plain, 0)]], [0], [True], 40, VOCABULARY))
+    assert "condition_drop" not in shares(count([[Placed(plain, 0)]], [0], [True], 40, VOCABULARY).tolist())
 
 
 def test_a_log_has_the_shares_that_were_asked_for(tmp_path):

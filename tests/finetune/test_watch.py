@@ -3,12 +3,10 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from PIL import Image
 
 from finetune.recipe import FinetuneRecipe
@@ -175,8 +173,8 @@ def test_what_cannot_be_watched_is_said_before_the_first_step(tmp_path, fused):
         run_finetune(recipe)
     assert not (tmp_path / "run/log.jsonl").exists()
     with pytest.raises(RunError, match=r"watch over FSDP.*set watch: null"):
-        check_engine(recipe, SimpleNamespace(distributed_type=DistributedType.FSDP))
-    check_engine(watched(tmp_path, "run", None), SimpleNamespace(distributed_type=DistributedType.FSDP))
+        check_engine(recipe, True, "FSDP")
+    check_engine(watched(tmp_path, "run", None), True, "FSDP")
 
 
 @pytest.mark.parametrize("watch", [{"retention": 0, "samples": 0}, {"samples": 0, "prompts": ["a"]}])
