@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.loss import TokenLoss, position_weights, sums
+from finetune.measure import SOURCES, count
 from finetune.optim import build_optimizer, learning_rate, tables
 from finetune.order import Plan
 from finetune.pack import Batch, collate
@@ -28,7 +29,7 @@ from jam.models.load import Bundle
 @dataclass
 class StepReport:
     """What one step did, over all ranks; ``loss`` is without ``z``, the z-loss times its weight; ``sums`` as in
-    :func:`finetune.loss.sums`."""
+    :func:`finetune.loss.sums`, ``counts`` as in :func:`finetune.measure.count`; ``mfu`` where it is known."""
 
     step: int
     steps: int
@@ -39,9 +40,11 @@ class StepReport:
     lr: float
     seconds: float
     sums: Tensor
+    counts: list[float] = field(default_factory=list)
+    mfu: float | None = None
 
 
-_WHOLE_MODELS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # no sharded parameters
+WHOLE_MODELS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # no sharded parameters
 
 
 def hold_frozen_in_bf16(model: nn.Module) -> None:
@@ -65,7 +68,7 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 
 @dataclass
 class Trainer:
-    """Model, optimizer and position of one run."""
+    """Model, optimizer and position of one run; ``read`` are the tokens of each source so far, padding not counted."""
 
     bundle: Bundle
     plan: Plan
@@ -74,21 +77,23 @@ class Trainer:
     steps: int
     step: int = 0
     tokens: int = 0
+    read: Tensor | None = None
     ema: dict[str, Tensor] | None = None
     model: nn.Module = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
+    counts: Tensor = field(init=False)  # of this rank's last batch
 
     def __post_init__(self) -> None:
         self.bundle.model.train()
         if self.recipe.train.checkpointing:
             checkpoint_layers(self.bundle.model)
-        if self.recipe.lora is not None and self.accelerator.distributed_type not in _WHOLE_MODELS:
+        if self.recipe.lora is not None and self.accelerator.distributed_type not in WHOLE_MODELS:
             raise RunError(
                 f"lora over {self.accelerator.distributed_type.value}, which shards the weights that adapters lie "
                 "over; run on one device or under DDP, or remove lora"
             )
         self.raw_optimizer = build_optimizer(self.bundle.model, self.recipe.optim, self.recipe.lora is not None)
-        if self.recipe.train.precision == "bf16" and self.accelerator.distributed_type in _WHOLE_MODELS:
+        if self.recipe.train.precision == "bf16" and self.accelerator.distributed_type in WHOLE_MODELS:
             hold_frozen_in_bf16(self.bundle.model)
         self.model, self.optimizer = self.accelerator.prepare(
             TokenLoss(self.bundle, self.recipe.loss, self.recipe.objective.own_codes), self.raw_optimizer
@@ -102,7 +107,9 @@ class Trainer:
         first, world = step * size, self.accelerator.num_processes
         numbers = range(first + self.accelerator.process_index, first + size, world)
         owners, sequences = zip(*(self.plan.sequence(t) for t in numbers), strict=True)
-        batch = collate(list(sequences), list(owners), data.seq_len, self.bundle.vocabulary.controls["pad"])
+        vocabulary, conditioned = self.bundle.vocabulary, [one.source.conditioned for one in self.plan.sources]
+        self.counts = count(sequences, owners, conditioned, data.seq_len, vocabulary)
+        batch = collate(list(sequences), list(owners), data.seq_len, vocabulary.controls["pad"])
         return batch.to(self.accelerator.device)
 
     def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -152,8 +159,12 @@ class Trainer:
         self.tokens += int(self.accelerator.reduce(torch.tensor(batch.tokens, device=batch.ids.device), "sum"))
         self.step += 1
         logged = self.accelerator.reduce(logged, "sum").cpu()
+        counts = self.accelerator.reduce(self.counts.to(batch.ids.device), "sum").cpu()
+        self.read = counts[SOURCES:] if self.read is None else self.read + counts[SOURCES:]
         seconds = time.perf_counter() - began
-        return StepReport(self.step, self.steps, self.tokens, loss, z, float(norm), rate, seconds, logged)
+        return StepReport(
+            self.step, self.steps, self.tokens, loss, z, float(norm), rate, seconds, logged, counts.tolist()
+        )
 
     @torch.no_grad()
     def _average(self) -> None:

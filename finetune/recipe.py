@@ -6,7 +6,7 @@ matter. Imports no torch.
 """
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -271,6 +271,40 @@ class LogSection(Section):
     """What is written to log.jsonl, and how often."""
 
     every: int = Field(10, ge=1, description="steps between two lines of the log")
+    tensorboard: bool = Field(False, description="also event files in output_dir/tensorboard (pip: jam[tensorboard])")
+    wandb: str | None = Field(
+        None,
+        min_length=1,
+        description="also a run of this W&B project, offline unless WANDB_MODE says otherwise (pip: jam[wandb])",
+    )
+    peak_tflops: float | None = Field(
+        None, gt=0.0, description="what one device can do in this precision, for the MFU; null: jam's table, by name"
+    )
+
+
+class WatchSection(Section):
+    """What is measured and shown of the model while it is trained; the training does not notice."""
+
+    every: int = Field(200, ge=1, description="steps between two looks; there is one before the first and at the end")
+    retention: int = Field(
+        64, ge=0, description="held-out texts, and as many captioned images, whose loss is set against both parents'"
+    )
+    texts: str | None = Field(None, min_length=1, description="jsonl of held-out texts; null: the shipped ones")
+    captions: str | None = Field(
+        None, min_length=1, description="jsonl of held-out captioned images; null: the shipped ones"
+    )
+    samples: int = Field(2, ge=0, description="prompts that get a picture and a reply; models that draw alone")
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="of these the first so many; none: captions to draw and questions of the shipped held-out data"
+    )
+
+    @model_validator(mode="after")
+    def _something_to_see(self) -> "WatchSection":
+        if not self.retention and not self.samples:
+            raise ValueError("retention and samples are both 0; required: one above 0; raise one or remove watch")
+        if self.prompts and not self.samples:
+            raise ValueError("prompts are given and samples is 0, which would ignore them; raise samples")
+        return self
 
 
 class FinetuneRecipe(Recipe):
@@ -328,6 +362,9 @@ class FinetuneRecipe(Recipe):
         "save_steps": "save.every",
         "save_total_limit": "save.keep",
         "logging_steps": "log.every",
+        "report_to": "log.tensorboard",
+        "wandb_project": "log.wandb",
+        "eval_steps": "watch",
         "base_model": "model",
         "model_name_or_path": "model",
         "out": "output_dir",
@@ -354,6 +391,9 @@ class FinetuneRecipe(Recipe):
     train: TrainSection = Field(description="length, batches and arithmetic: at least train.tokens or train.steps")
     save: SaveSection = Field(SaveSection(), description="checkpoints")
     log: LogSection = Field(LogSection(), description="the log")
+    watch: WatchSection | None = Field(
+        None, description="held-out losses and samples during the run (one process or DDP); null is none"
+    )
 
     @model_validator(mode="after")
     def _adapters_lie_over_something(self) -> "FinetuneRecipe":

@@ -9,7 +9,6 @@ import errno
 import fcntl
 import importlib.metadata
 import json
-import math
 import os
 import shutil
 import signal
@@ -24,12 +23,17 @@ from peft import PeftModel
 from pydantic import ValidationError
 
 from finetune import checkpoint
-from finetune.loop import StepReport, Trainer
+from finetune.boards import check_packages, open_boards
+from finetune.flops import WorkMeter, peak_of
+from finetune.log import append_log, log_line, trim_log, utilisation
+from finetune.loop import WHOLE_MODELS, StepReport, Trainer
 from finetune.lora import adapt, merged, save_adapter
 from finetune.order import ORDER, PackedSource, Plan
 from finetune.recipe import FinetuneRecipe
 from finetune.scratch import own_record, starting_bundle, trained_config
+from finetune.retention import RETENTION
 from finetune.sources import open_source
+from finetune.watch import Watch, check_engine
 from jam.errors import RunError
 from jam.memory import keep_freed_memory
 from jam.models.load import Bundle, quiet_transformers
@@ -164,27 +168,11 @@ def _resume(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Repor
     state, ema = checkpoint.load(found, trainer.bundle.model, trainer.raw_optimizer)
     trainer.step, trainer.tokens = state["step"], state["tokens"]
     trainer.ema = ema if ema is not None else trainer.ema
+    if (read := state.get("read")) is None:
+        reporter.line(f"{found} does not say what was read of each source; shares count from here on")
+    else:
+        trainer.read = torch.tensor(read, dtype=torch.float64)
     reporter.line(f"resuming from {found} (step {trainer.step} of {trainer.steps})")
-
-
-def _log_line(trainer: Trainer, reports: list[StepReport], totals: torch.Tensor) -> dict:
-    """One line of log.jsonl over the steps since the last one."""
-    summed = torch.stack([report.sums for report in reports]).sum(0)
-    means = summed[:, 0] / summed[:, 1].clamp_min(1)
-    names = [source.source.name for source in trainer.plan.sources]
-    last, seconds = reports[-1], sum(report.seconds for report in reports)
-    line = {"step": last.step, "tokens": last.tokens, "loss": sum(r.loss for r in reports) / len(reports)}
-    line |= {
-        f"loss/{m}": float(mean) for m, mean, n in zip(("text", "image"), means[:2], summed[:2, 1], strict=True) if n
-    }
-    if trainer.recipe.loss.z:
-        line["loss/z"] = sum(r.z for r in reports) / len(reports)
-    sources = zip(names, means[2:], summed[2:, 1], strict=True)  # apart: a source may well be named text or image
-    line |= {f"loss/source/{name}": float(mean) for name, mean, n in sources if n}
-    shares = totals[2:, 1] / totals[2:, 1].sum().clamp_min(1)
-    line |= {f"share/{name}": round(float(share), 4) for name, share in zip(names, shares, strict=True)}
-    line |= {"lr": last.lr, "grad_norm": last.grad_norm, "seconds": round(seconds, 3)}
-    return line
 
 
 def _model_card(bundle: Bundle, recipe: FinetuneRecipe) -> str:
@@ -245,31 +233,6 @@ def _write_final(run: Path, bundle: Bundle, recipe: FinetuneRecipe, adapted: Pef
     return final
 
 
-def _append_log(run: Path, line: dict) -> None:
-    with open(run / "log.jsonl", "a", encoding="utf-8") as log:
-        log.write(json.dumps(line) + "\n")
-
-
-def _trim_log(run: Path, step: int) -> None:
-    """Drops lines beyond the step that a run resumes from, so that no step is logged twice."""
-    path = run / "log.jsonl"
-    if path.exists():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(True)
-        kept = [line for line in lines if line.endswith("\n") and _logged_step(line) <= step]
-        if kept != lines:
-            temporary = path.with_name(".log.jsonl.tmp")  # a disk that is full must not cost the log that is there
-            temporary.write_text("".join(kept), encoding="utf-8")
-            temporary.replace(path)
-
-
-def _logged_step(line: str) -> float:
-    """The step of a line; infinity for one that does not parse, as a full disk or a power cut leaves it."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
 @contextmanager
 def _told_of(run: Path) -> Iterator[None]:
     """A disk that refuses a write as one line about the run. Raises RunError."""
@@ -310,11 +273,13 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
     run = Path(recipe.output_dir)
     if run.resolve().is_relative_to(recipe.model.resolve()):
         raise RunError(f"output_dir {run} lies inside the model {recipe.model}; choose a folder outside of it")
+    check_packages(recipe.log)
     keep_freed_memory()
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     precision = "bf16" if recipe.train.precision == "bf16" else "no"
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    check_engine(recipe, accelerator.distributed_type not in WHOLE_MODELS, accelerator.distributed_type.value)
     main = accelerator.is_main_process  # the folder is its business alone; the other ranks only read
     with run_lock(run) if main else nullcontext():
         if main:
@@ -331,35 +296,46 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
         with _told_of(run):
             if main:
                 _prepare(run, recipe, source)  # not before: a refused run must not replace the record of the one there
-                _trim_log(run, trainer.step)
+                trim_log(run, trainer.step)
+                trim_log(run, trainer.step or -1, RETENTION)  # a fresh run knows nothing of the parents
             return _train(run, recipe, trainer, reporter, adapted)
 
 
 def _train(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter, adapted: PeftModel | None) -> Path:
     main = trainer.accelerator.is_main_process
-    totals = torch.zeros(2 + len(trainer.plan.sources), 2, dtype=torch.float64)
+    watch = Watch.open(run, trainer, reporter.stage, reporter.line) if main and recipe.watch is not None else None
+    meter = WorkMeter(trainer.bundle, recipe.loss.softmax == "joint")
+    peak = peak_of(recipe, trainer.accelerator.device)
     pending: list[StepReport] = []
     saved = trainer.step
 
     def save() -> None:
         if main:
             state = {"tokens": trainer.tokens, "settings": fixed_settings(recipe), "time": time.time()}
+            state["read"] = trainer.read.tolist()
             checkpoint.save(run, trainer.step, trainer.bundle.model, trainer.raw_optimizer, trainer.ema, state)
             checkpoint.rotate(run, recipe.save.keep)
         trainer.accelerator.wait_for_everyone()
 
-    def flush() -> None:
+    def flush(seen: dict[str, float] | None = None) -> None:
         if pending and main:
-            _append_log(run, _log_line(trainer, pending, totals))
+            line = log_line(trainer, pending, meter.work(), peak) | (seen or {})
+            append_log(run, line)
+            show(line)
         pending.clear()
 
-    with stop_signals() as stop:
+    settings = recipe.model_dump(mode="json")
+    shown = open_boards(run, recipe.log, settings, reporter.line) if main else nullcontext(lambda line: None)
+    with shown as show, stop_signals() as stop:
         for report in trainer.run(lambda: bool(stop())):
-            totals += report.sums
             pending.append(report)
+            flops = meter.work().of(report.counts, report.sums)
+            if peak is not None:
+                report.mfu = utilisation(trainer, flops, report.seconds, peak)
             reporter.step(report)
-            if report.step % recipe.log.every == 0 or report.step == report.steps:
-                flush()
+            seen = watch.look() if watch is not None and watch.due(report.step) else None
+            if seen or report.step % recipe.log.every == 0 or report.step == report.steps:
+                flush(seen)
             if report.step % recipe.save.every == 0 and report.step < report.steps:
                 save()
                 saved = report.step

@@ -159,7 +159,7 @@ def test_a_disk_that_fills_under_the_log_is_one_line(tmp_path, monkeypatch):
     def full(run, line):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("finetune.run._append_log", full)
+    monkeypatch.setattr("finetune.run.append_log", full)
     with pytest.raises(RunError, match=r"run: could not be written \(No space left on device\)"):
         run_finetune(recipe_for(tmp_path))
 
