@@ -29,11 +29,13 @@ from finetune.lora import adapt, merged, save_adapter
 from finetune.order import ORDER, PackedSource, Plan
 from finetune.recipe import FinetuneRecipe
 from finetune.sources import open_source
+from finetune.tally import Tally
 from jam.errors import RunError
 from jam.memory import keep_freed_memory
 from jam.models.load import Bundle, load_bundle, quiet_transformers
 from jam.plot import loss_curves
 from jam.recipe import dump_recipe
+from jam.shards import sync_path
 
 # settings that a resumed run may not change
 FIXED = ("model", "seed", "data", "objective", "loss", "lora", "optim", "train")
@@ -144,8 +146,9 @@ def _context(bundle: Bundle, recipe: FinetuneRecipe) -> int:
     return context
 
 
-def _resume(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter) -> None:
-    """Puts the trainer where the newest good checkpoint left off."""
+def _resume(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter) -> Tally:
+    """Puts the trainer where the newest good checkpoint left off; returns what was added up until there."""
+    tally = Tally.new(len(trainer.plan.sources))
     found = None if recipe.resume == "never" else checkpoint.newest(run, reporter.line)
     if found is None:
         if recipe.resume == "must":
@@ -154,7 +157,7 @@ def _resume(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Repor
             raise RunError(f"{run} holds checkpoints, but none verifies; move them away or choose another output_dir")
         if recipe.resume == "never" and checkpoint.listed(run):
             raise RunError(f"resume: never, but {run} holds checkpoints; move them away or choose another output_dir")
-        return
+        return tally
     recorded = json.loads((found / "state.json").read_text())["settings"]
     if changed := changed_settings(recorded, recipe):
         raise RunError(
@@ -165,6 +168,7 @@ def _resume(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Repor
     trainer.step, trainer.tokens = state["step"], state["tokens"]
     trainer.ema = ema if ema is not None else trainer.ema
     reporter.line(f"resuming from {found} (step {trainer.step} of {trainer.steps})")
+    return Tally.from_json(state["tally"]) if "tally" in state else tally  # older checkpoints have none
 
 
 def _model_card(bundle: Bundle, recipe: FinetuneRecipe) -> str:
@@ -278,36 +282,43 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
         adapted = None if recipe.lora is None else adapt(bundle, recipe.lora, recipe.seed)
         plan = Plan(packed, [entry.weight for entry in recipe.data.mix.values()], recipe.data.seed)
         trainer = Trainer(bundle, plan, recipe, accelerator, total_steps(recipe))
-        _resume(run, recipe, trainer, reporter)
+        tally = _resume(run, recipe, trainer, reporter)
         with _told_of(run):
             if main:
                 _prepare(run, recipe, source)  # not before: a refused run must not replace the record of the one there
                 trim_log(run, trainer.step)
-            return _train(run, recipe, trainer, reporter, adapted)
+            return _train(run, recipe, trainer, reporter, tally, adapted)
 
 
-def _train(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter, adapted: PeftModel | None) -> Path:
+def _train(
+    run: Path,
+    recipe: FinetuneRecipe,
+    trainer: Trainer,
+    reporter: Reporter,
+    tally: Tally,
+    adapted: PeftModel | None,
+) -> Path:
     main = trainer.accelerator.is_main_process
-    totals = torch.zeros(2 + len(trainer.plan.sources), 2, dtype=torch.float64)
-    pending: list[StepReport] = []
     saved = trainer.step
 
     def save() -> None:
         if main:
             state = {"tokens": trainer.tokens, "settings": fixed_settings(recipe), "time": time.time()}
+            state |= {"tally": tally.to_json()}
+            if (run / "log.jsonl").exists():
+                sync_path(run / "log.jsonl")  # a step that a checkpoint has behind it is not logged again
             checkpoint.save(run, trainer.step, trainer.bundle.model, trainer.raw_optimizer, trainer.ema, state)
             checkpoint.rotate(run, recipe.save.keep)
         trainer.accelerator.wait_for_everyone()
 
     def flush() -> None:
-        if pending and main:
-            append_log(run, log_line(trainer, pending, totals))
-        pending.clear()
+        if tally.pending and main:
+            append_log(run, log_line(trainer, tally.pending, tally.totals))
+        tally.pending.clear()
 
     with stop_signals() as stop:
         for report in trainer.run(lambda: bool(stop())):
-            totals += report.sums
-            pending.append(report)
+            tally.add(report)
             reporter.step(report)
             if report.step % recipe.log.every == 0 or report.step == report.steps:
                 flush()
@@ -320,9 +331,8 @@ def _train(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Report
                 (run / "SAVE").unlink(missing_ok=True)
         code = stop()
         if code and trainer.step < trainer.steps:
-            flush()
             if saved != trainer.step:
-                save()
+                save()  # with the steps that no line tells of yet
             raise Interrupted(f"stopped at step {trainer.step} of {trainer.steps}; the same command resumes", code)
     if saved != trainer.step or not checkpoint.listed(run):
         save()
