@@ -59,6 +59,8 @@ class PackedSource:
         places = np.arange(part * WINDOW, min((part + 1) * WINDOW, self.source.size))
         placed = []
         for index in bijection(places, self.source.size, seed, self.number, epoch).tolist():
+            if index in self.source.skip:
+                continue
             generator = keyed(seed, self.number, epoch, index)
             for tokens in pieces(self.source, self.bundle, index, generator.random(), recipe.data.seq_len):
                 if self.source.conditioned:
@@ -76,7 +78,7 @@ class PackedSource:
                 offset = int(generator.integers(room + 1)) if recipe.train.random_offset and room > 0 else 0
                 noise = recipe.objective.code_noise
                 inputs = noisy_codes(tokens, generator, self.bundle.vocabulary, noise) if noise else None
-                placed.append(Placed(tokens, offset, inputs))
+                placed.append(Placed(tokens, offset, inputs, index))
         return placed
 
     def _pack(self, window: int) -> list[Sequence]:

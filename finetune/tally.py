@@ -37,4 +37,6 @@ class Tally:
         def sums(rows: list) -> Tensor:
             return torch.tensor(rows, dtype=torch.float64)
 
-        return cls(sums(raw["totals"]), [StepReport(**entry | {"sums": sums(entry["sums"])}) for entry in raw["pending"]])
+        return cls(
+            sums(raw["totals"]), [StepReport(**entry | {"sums": sums(entry["sums"])}) for entry in raw["pending"]]
+        )
