@@ -89,6 +89,10 @@ class PackedSource:
             self._current = (window, [[documents[i] for i in bins[b]] for b in shuffled])
         return self._current[1]
 
+    def window(self, number: int) -> list[Sequence]:
+        """The sequences of one window, in order."""
+        return self._pack(number)
+
     def sequence(self, number: int) -> Sequence:
         window = int(np.searchsorted(self._starts, number, side="right")) - 1
         while window == len(self._starts) - 1:  # the last known window may or may not reach far enough

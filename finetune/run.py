@@ -23,12 +23,14 @@ from peft import PeftModel
 from pydantic import ValidationError
 
 from finetune import checkpoint
+from finetune.inputs import changed_inputs, inputs_of, refused
 from finetune.log import append_log, log_line, trim_log
 from finetune.loop import StepReport, Trainer
 from finetune.lora import adapt, merged, save_adapter
 from finetune.order import ORDER, PackedSource, Plan
 from finetune.recipe import FinetuneRecipe
 from finetune.sources import open_source
+from finetune.supply import check_supply
 from finetune.tally import Tally
 from jam.errors import RunError
 from jam.memory import keep_freed_memory
@@ -146,7 +148,7 @@ def _context(bundle: Bundle, recipe: FinetuneRecipe) -> int:
     return context
 
 
-def _resume(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter) -> Tally:
+def _resume(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter, inputs: dict[str, str]) -> Tally:
     """Puts the trainer where the newest good checkpoint left off; returns what was added up until there."""
     tally = Tally.new(len(trainer.plan.sources))
     found = None if recipe.resume == "never" else checkpoint.newest(run, reporter.line)
@@ -158,17 +160,23 @@ def _resume(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Repor
         if recipe.resume == "never" and checkpoint.listed(run):
             raise RunError(f"resume: never, but {run} holds checkpoints; move them away or choose another output_dir")
         return tally
-    recorded = json.loads((found / "state.json").read_text())["settings"]
-    if changed := changed_settings(recorded, recipe):
+    recorded = json.loads((found / "state.json").read_text())
+    changed = changed_settings(recorded["settings"], recipe) + changed_inputs(recorded.get("inputs", {}), inputs)
+    if kept := refused(changed, recipe.resume_allow):
         raise RunError(
-            f"{found} was made under other settings ({'; '.join(changed)}); "
-            "resume with the old ones, or choose another output_dir"
+            f"{found} was made under other settings or from other data ({'; '.join(kept)}); resume with the old ones, "
+            "choose another output_dir, or name in resume_allow what may differ"
         )
+    if changed:
+        reporter.line(f"going on with what resume_allow names: {'; '.join(changed)}")
+    if "inputs" not in recorded:
+        reporter.line(f"{found} does not record its data and model; whether they are the same could not be checked")
     state, ema = checkpoint.load(found, trainer.bundle.model, trainer.raw_optimizer)
     trainer.step, trainer.tokens = state["step"], state["tokens"]
     trainer.ema = ema if ema is not None else trainer.ema
     reporter.line(f"resuming from {found} (step {trainer.step} of {trainer.steps})")
-    return Tally.from_json(state["tally"]) if "tally" in state else tally  # older checkpoints have none
+    kept = Tally.from_json(state["tally"]) if "tally" in state else tally  # older checkpoints have none
+    return kept if len(kept.totals) == len(tally.totals) else tally  # sources came or went: resume_allow
 
 
 def _model_card(bundle: Bundle, recipe: FinetuneRecipe) -> str:
@@ -282,12 +290,14 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
         adapted = None if recipe.lora is None else adapt(bundle, recipe.lora, recipe.seed)
         plan = Plan(packed, [entry.weight for entry in recipe.data.mix.values()], recipe.data.seed)
         trainer = Trainer(bundle, plan, recipe, accelerator, total_steps(recipe))
-        tally = _resume(run, recipe, trainer, reporter)
+        check_supply(plan, recipe, trainer.steps, reporter.line)
+        inputs = inputs_of(bundle, recipe, opened)
+        tally = _resume(run, recipe, trainer, reporter, inputs)
         with _told_of(run):
             if main:
                 _prepare(run, recipe, source)  # not before: a refused run must not replace the record of the one there
                 trim_log(run, trainer.step)
-            return _train(run, recipe, trainer, reporter, tally, adapted)
+            return _train(run, recipe, trainer, reporter, tally, inputs, adapted)
 
 
 def _train(
@@ -296,6 +306,7 @@ def _train(
     trainer: Trainer,
     reporter: Reporter,
     tally: Tally,
+    inputs: dict[str, str],
     adapted: PeftModel | None,
 ) -> Path:
     main = trainer.accelerator.is_main_process
@@ -304,7 +315,7 @@ def _train(
     def save() -> None:
         if main:
             state = {"tokens": trainer.tokens, "settings": fixed_settings(recipe), "time": time.time()}
-            state |= {"tally": tally.to_json()}
+            state |= {"inputs": inputs, "tally": tally.to_json()}
             if (run / "log.jsonl").exists():
                 sync_path(run / "log.jsonl")  # a step that a checkpoint has behind it is not logged again
             checkpoint.save(run, trainer.step, trainer.bundle.model, trainer.raw_optimizer, trainer.ema, state)
