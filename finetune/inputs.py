@@ -1,8 +1,8 @@
-"""What a run is made from beside its recipe, as hashes: a run does not go on over other data, or another base, unasked.
+"""What a run is made from beside its recipe, as hashes: none goes on over other data, or another base, unasked.
 
-Sources give SHA-256 of their content (``finetune.sources``: files as they are, codes of images; of a prepared folder its
-source.json, which has the hashes of its shards). A model gives what its ids mean and its config.json; its weights only
-under adapters, which a checkpoint keeps without them. 14 GB take about ten seconds to hash, once a start.
+Sources give SHA-256 of their content (``finetune.sources``: files as they are, pixels as they are read; of a prepared
+folder its source.json, which has the hashes of its shards). A model gives what its ids mean and its config.json; its
+weights only under adapters, which a checkpoint keeps without them. 14 GB take about ten seconds to hash, once a start.
 """
 
 import hashlib

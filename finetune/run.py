@@ -173,6 +173,12 @@ def _resume(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Repor
         reporter.line(f"{found} does not record its data and model; whether they are the same could not be checked")
     state, ema = checkpoint.load(found, trainer.bundle.model, trainer.raw_optimizer)
     trainer.step, trainer.tokens = state["step"], state["tokens"]
+    averaged = trainer.ema is not None and recorded["settings"]["train"].get("ema") is not None
+    if averaged and (ema or {}).keys() != trainer.ema.keys():
+        raise RunError(
+            f"{found}/train/ema.safetensors has {len(ema or {})} averages of {len(trainer.ema)} tensors; restore it, "
+            "or remove the folder to go on from an older one"
+        )
     trainer.ema = ema if ema is not None else trainer.ema
     reporter.line(f"resuming from {found} (step {trainer.step} of {trainer.steps})")
     kept = Tally.from_json(state["tally"]) if "tally" in state else tally  # older checkpoints have none

@@ -159,7 +159,7 @@ def _file_source(recipe: SourceRecipe, bundle: Bundle, name: str, progress: Prog
         rows = codes[firsts[index] : firsts[index + 1]].tolist()
         return bare[index].with_codes(lambda some: [CodesPart(tuple(row)) for row in rows])
 
-    content = hashlib.sha256("".join(map(sha256_of, files_of(path))).encode() + codes.tobytes()).hexdigest()
+    content = hashlib.sha256("".join([*map(sha256_of, files_of(path)), *keys]).encode()).hexdigest()
     return _of(name, recipe, len(bare), make, content, places.__getitem__)
 
 

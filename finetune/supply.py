@@ -1,7 +1,7 @@
 """How often a run will read each source, said before it begins; a source that teaches nothing is refused.
 
-Sequences of a source in a run are arithmetic, sequences to an epoch are those of its first window (``WINDOW`` documents,
-which the run packs first anyway) in proportion: exact for small sources, within a few per cent for large ones.
+How many sequences of a source a run reads is arithmetic; how many an epoch has is seen in its first window (documents
+that the run packs first anyway): exact for small sources, within a few per cent for large ones.
 """
 
 from collections.abc import Callable
