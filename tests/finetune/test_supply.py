@@ -52,7 +52,7 @@ def test_a_limit_on_epochs_stops_a_run_before_it_begins(tmp_path):
         if fits:
             check_supply(plan, recipe, 60, lambda line: None)
         else:
-            with pytest.raises(DataError, match=r"mix\.b: the run reads 7 documents about .* \d\d sequences"):
+            with pytest.raises(DataError, match=r"mix\.b: the run reads 7 documents about .* times .\d\d sequences"):
                 check_supply(plan, recipe, 60, lambda line: None)
 
 

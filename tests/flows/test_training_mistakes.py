@@ -244,4 +244,4 @@ def test_weights_that_are_no_numbers_are_not_blamed_on_a_document(model, capsys,
 
     monkeypatch.setattr(loop, "TokenLoss", Gone)
     told = refused(model, capsys, {"a": entry("text", texts(model.parent / "a.jsonl"))})
-    assert "the loss is nan, in 4 of its 4 sequences, so the weights are to blame" in told and "lower optim.lr" in told
+    assert "the loss is nan, in all its 4 sequences, so the weights are to blame" in told and "lower optim.lr" in told

@@ -2,8 +2,10 @@
 
 import errno
 import json
+import os
 import resource
 import shutil
+import signal
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from finetune import checkpoint
 from finetune import run as run_module
 from finetune.loop import Trainer
 from finetune.recipe import FinetuneRecipe
-from finetune.run import Reporter, run_finetune
+from finetune.run import Interrupted, Reporter, run_finetune
 from jam.errors import RunError
 from jam.models.load import load_bundle
 from tests.kill_points import outcome
@@ -77,6 +79,23 @@ def test_twenty_steps_equal_ten_and_ten(tmp_path):
     for found in (straight, halves):
         found["state"]["settings"]["train"].pop("threads")
     assert straight == halves
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_ends_as_one_that_was_not(tmp_path, number):
+    class Asks(Reporter):
+        def step(self, report) -> None:
+            if report.step == 5:
+                os.kill(os.getpid(), number)
+
+    tiny_pair(tmp_path)
+    run_finetune(recipe_in(tmp_path, "straight"))
+    with pytest.raises(Interrupted) as caught:
+        run_finetune(recipe_in(tmp_path), reporter=Asks())
+    assert caught.value.exit_code == 128 + number
+    assert checkpoint.listed(tmp_path / "run")[0].name == "checkpoint-5"
+    run_finetune(recipe_in(tmp_path))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "straight")
 
 
 @pytest.mark.parametrize("world", [2, 4])
