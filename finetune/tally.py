@@ -28,15 +28,17 @@ class Tally:
         self.pending.append(report)
 
     def to_json(self) -> dict:
-        """Numbers that JSON gives back to the bit."""
-        pending = [{**vars(report), "sums": report.sums.tolist()} for report in self.pending]
+        """Numbers that JSON gives back to the bit; tensors as lists."""
+        pending = [
+            {name: value.tolist() if isinstance(value, Tensor) else value for name, value in vars(report).items()}
+            for report in self.pending
+        ]
         return {"totals": self.totals.tolist(), "pending": pending}
 
     @classmethod
     def from_json(cls, raw: dict) -> Self:
-        def sums(rows: list) -> Tensor:
-            return torch.tensor(rows, dtype=torch.float64)
+        def restored(value: object) -> object:
+            return torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value
 
-        return cls(
-            sums(raw["totals"]), [StepReport(**entry | {"sums": sums(entry["sums"])}) for entry in raw["pending"]]
-        )
+        pending = [StepReport(**{name: restored(value) for name, value in entry.items()}) for entry in raw["pending"]]
+        return cls(restored(raw["totals"]), pending)
