@@ -77,7 +77,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         index, key = name.split(".", 1)
         entries.setdefault(int(index), {})[key] = tensor
     expected = sum(len(group["params"]) for group in optimizer.param_groups)
-    if tensors and len(entries) != expected:
+    if len(entries) != expected:
         raise RunError(
             f"the checkpoint's optimizer covers {len(entries)} parameters, this run trains {expected}; "
             "resume with the recipe it was made with, or start a new output_dir"

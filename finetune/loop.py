@@ -20,8 +20,9 @@ from finetune.loss import TokenLoss, position_weights, sums
 from finetune.measure import SOURCES, count
 from finetune.optim import build_optimizer, learning_rate, tables
 from finetune.order import Plan
-from finetune.pack import Batch, collate
+from finetune.pack import Batch, Sequence, collate
 from finetune.recipe import FinetuneRecipe
+from finetune.suspects import not_finite, suspect_rows
 from jam.errors import RunError
 from jam.models.load import Bundle
 
@@ -103,17 +104,27 @@ class Trainer:
 
     def batch(self, step: int) -> Batch:
         """This rank's sequences of a step."""
-        size, data = self.recipe.train.global_batch_size, self.recipe.data
+        size = self.recipe.train.global_batch_size
         first, world = step * size, self.accelerator.num_processes
         numbers = range(first + self.accelerator.process_index, first + size, world)
         owners, sequences = zip(*(self.plan.sequence(t) for t in numbers), strict=True)
-        vocabulary, conditioned = self.bundle.vocabulary, [one.source.conditioned for one in self.plan.sources]
-        self.counts = count(sequences, owners, conditioned, data.seq_len, vocabulary)
-        batch = collate(list(sequences), list(owners), data.seq_len, vocabulary.controls["pad"])
+        sequences, conditioned = list(sequences), [one.source.conditioned for one in self.plan.sources]
+        self.counts = count(sequences, owners, conditioned, self.recipe.data.seq_len, self.bundle.vocabulary)
+        return self.lay_out(sequences, list(owners))
+
+    def lay_out(self, sequences: list[Sequence], owners: list[int]) -> Batch:
+        """Sequences as a batch on this rank's device."""
+        batch = collate(sequences, owners, self.recipe.data.seq_len, self.bundle.vocabulary.controls["pad"])
         return batch.to(self.accelerator.device)
 
-    def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Gradients of the global loss; returns (loss and z-loss on this rank's share [2], sums for the log)."""
+    @property
+    def whole(self) -> bool:
+        """Whether every rank holds all parameters, and can run the network without the others."""
+        return self.accelerator.distributed_type in WHOLE_MODELS
+
+    def backward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the global loss; returns (loss and z-loss on this rank's share [2], sums for the log, bool [B]:
+        the rows whose loss is not finite)."""
         recipe, size = self.recipe, self.recipe.train.micro_batch_size
         weights = position_weights(batch, recipe.loss)
         # every rank divides by the weight of all ranks; DDP averages, hence the factor
@@ -121,7 +132,7 @@ class Trainer:
         scale = self.accelerator.num_processes / total
         logged = torch.zeros(2 + len(self.plan.sources), 2, dtype=torch.float64, device=weights.device)
         loss = torch.zeros(2, dtype=torch.float64, device=weights.device)
-        count = len(batch.ids)
+        count, suspects = len(batch.ids), []
         for start in range(0, count, size):
             part, last = batch.rows(start, start + size), start + size >= count
             with self.accelerator.autocast(), _sync(self.accelerator, self.model, last):
@@ -131,13 +142,14 @@ class Trainer:
                 self.accelerator.backward(terms.sum())
             loss += terms.detach()
             logged += sums(found[0], part, len(self.plan.sources))
-        return loss / self.accelerator.num_processes, logged
+            suspects.append(suspect_rows(found))
+        return loss / self.accelerator.num_processes, logged, torch.cat(suspects)
 
     def advance(self) -> StepReport:
         """One optimizer step.
 
         Raises:
-            RunError: the loss is not finite.
+            RunError: the loss or the gradient is not finite; names the documents, and takes no step.
         """
         began = time.perf_counter()
         torch.manual_seed((self.accelerator.process_index << 40) + self.recipe.seed * 1_000_003 + self.step)
@@ -146,14 +158,13 @@ class Trainer:
             group["lr"] = rate * group["factor"]
         batch = self.batch(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        local_loss, logged = self.backward(batch)
+        local_loss, logged, suspects = self.backward(batch)
         loss, z = self.accelerator.reduce(local_loss, "sum").tolist()
         if not math.isfinite(loss + z):
-            raise RunError(
-                f"the loss is {loss + z} at step {self.step + 1}; it must be finite; lower optim.lr ({rate:.1g} now) "
-                "or set train.precision: fp32, then run again to resume from the last checkpoint"
-            )
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip)
+            raise not_finite(self, f"the loss is {loss + z}", suspects)
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip))
+        if not math.isfinite(norm):
+            raise not_finite(self, f"the loss is {loss + z:.4g}, its gradient's norm {norm}", None)
         self.optimizer.step()
         self._average()
         self.tokens += int(self.accelerator.reduce(torch.tensor(batch.tokens, device=batch.ids.device), "sum"))
@@ -162,9 +173,7 @@ class Trainer:
         counts = self.accelerator.reduce(self.counts.to(batch.ids.device), "sum").cpu()
         self.read = counts[SOURCES:] if self.read is None else self.read + counts[SOURCES:]
         seconds = time.perf_counter() - began
-        return StepReport(
-            self.step, self.steps, self.tokens, loss, z, float(norm), rate, seconds, logged, counts.tolist()
-        )
+        return StepReport(self.step, self.steps, self.tokens, loss, z, norm, rate, seconds, logged, counts.tolist())
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -61,13 +61,15 @@ class PackedSource:
         places = np.arange(part * WINDOW, min((part + 1) * WINDOW, self.source.size))
         placed = []
         for index in bijection(places, self.source.size, seed, self.number, epoch).tolist():
+            if index in self.source.skip:
+                continue
             generator = keyed(seed, self.number, epoch, index)
             for tokens in self._instances(index, generator):
                 room = self.context - len(tokens)
                 offset = int(generator.integers(room + 1)) if recipe.train.random_offset and room > 0 else 0
                 noise = recipe.objective.code_noise
                 inputs = noisy_codes(tokens, generator, self.bundle.vocabulary, noise) if noise else None
-                placed.append(Placed(tokens, offset, inputs))
+                placed.append(Placed(tokens, offset, inputs, index))
         return placed
 
     def _instances(self, index: int, generator: np.random.Generator) -> Iterator[Tokens]:
@@ -91,6 +93,10 @@ class PackedSource:
             shuffled = keyed(self.recipe.data.seed, self.number, window, 1).permutation(len(bins))
             self._current = (window, [[documents[i] for i in bins[b]] for b in shuffled])
         return self._current[1]
+
+    def window(self, number: int) -> list[Sequence]:
+        """The sequences of one window, in order."""
+        return self._pack(number)
 
     def sequence(self, number: int) -> Sequence:
         window = int(np.searchsorted(self._starts, number, side="right")) - 1

@@ -18,12 +18,14 @@ from jam.tokens.vocabulary import Vocabulary
 class Placed:
     """One document with the learned position its first token takes.
 
-    ``inputs`` are the ids that the model reads where they are not those it learns to predict (:func:`noisy_codes`).
+    ``inputs`` are the ids that the model reads where they are not those it learns to predict (:func:`noisy_codes`);
+    ``document`` is its number in its source, for errors.
     """
 
     tokens: Tokens
     offset: int
     inputs: np.ndarray | None = None
+    document: int = -1
 
 
 Sequence = list[Placed]

@@ -33,12 +33,20 @@ class Source(Section):
         description="how lines become documents: text, captions, conversations or scenes (composed image pairs); "
         "shards are prepared (jam data prepare)"
     )
-    path: str = Field(min_length=1, description='"mini" for the shipped data, else a jsonl file, or a prepared folder')
+    path: str = Field(
+        min_length=1, description='"mini" for the shipped data, else a file or folder of rows, or a prepared folder'
+    )
     weight: float = Field(
         gt=0.0, description="share of this source in the mix, counted in tokens; shares are normalised"
     )
     loss: ModalityWeights = Field(ModalityWeights(), description="loss weights within this source")
     limit: int | None = Field(None, ge=1, description="use only the first so many documents; null is all")
+    skip: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="documents left out, by their number from 0, as errors name them"
+    )
+    max_epochs: float | None = Field(
+        None, gt=0.0, description="refuse a run that reads the documents more often than this; null only says so"
+    )
     joined: int = Field(
         1,
         ge=1,
@@ -379,6 +387,11 @@ class FinetuneRecipe(Recipe):
     resume: Literal["auto", "never", "must"] = Field(
         "auto",
         description="auto goes on from the newest whole checkpoint, never starts afresh, must refuses to start afresh",
+    )
+    resume_allow: tuple[str, ...] = Field(
+        (),
+        description="what a resumed run may have otherwise than its checkpoint, by dotted name: a setting (optim.lr), "
+        "or what the checkpoint was made from (content.data.mix.NAME)",
     )
     data: DataSection = Field(description="what is read: at least data.mix with one source")
     objective: ObjectiveSection = Field(ObjectiveSection(), description="the CM3 objective")

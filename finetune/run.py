@@ -22,17 +22,19 @@ from accelerate import Accelerator
 from peft import PeftModel
 from pydantic import ValidationError
 
-from finetune import checkpoint
+from finetune import checkpoint, tally
 from finetune.boards import check_packages, open_boards
 from finetune.flops import WorkMeter, peak_of
+from finetune.inputs import changed_inputs, inputs_of, refused
 from finetune.log import append_log, log_line, trim_log, utilisation
 from finetune.loop import WHOLE_MODELS, StepReport, Trainer
 from finetune.lora import adapt, merged, save_adapter
 from finetune.order import ORDER, PackedSource, Plan
 from finetune.recipe import FinetuneRecipe
-from finetune.scratch import own_record, starting_bundle, trained_config
 from finetune.retention import RETENTION
+from finetune.scratch import own_record, starting_bundle, trained_config
 from finetune.sources import open_source
+from finetune.supply import check_supply
 from finetune.watch import Watch, check_engine
 from jam.errors import RunError
 from jam.memory import keep_freed_memory
@@ -40,6 +42,7 @@ from jam.models.load import Bundle, quiet_transformers
 from jam.models.packed import DOCUMENTS
 from jam.plot import loss_curves
 from jam.recipe import dump_recipe
+from jam.shards import sync_path
 
 # settings that a resumed run may not change
 FIXED = ("model", "seed", "data", "objective", "loss", "scratch", "lora", "optim", "train")
@@ -148,8 +151,10 @@ def _context(bundle: Bundle, recipe: FinetuneRecipe) -> int:
     return context
 
 
-def _resume(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter) -> None:
-    """Puts the trainer where the newest good checkpoint left off."""
+def _resume(
+    run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter, inputs: dict[str, str]
+) -> list[StepReport]:
+    """Puts the trainer where the newest good checkpoint left off; returns what was added up until there."""
     found = None if recipe.resume == "never" else checkpoint.newest(run, reporter.line)
     if found is None:
         if recipe.resume == "must":
@@ -158,21 +163,35 @@ def _resume(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Repor
             raise RunError(f"{run} holds checkpoints, but none verifies; move them away or choose another output_dir")
         if recipe.resume == "never" and checkpoint.listed(run):
             raise RunError(f"resume: never, but {run} holds checkpoints; move them away or choose another output_dir")
-        return
-    recorded = json.loads((found / "state.json").read_text())["settings"]
-    if changed := changed_settings(recorded, recipe):
+        return []
+    recorded = json.loads((found / "state.json").read_text())
+    changed = changed_settings(recorded["settings"], recipe) + changed_inputs(recorded.get("inputs", {}), inputs)
+    if kept := refused(changed, recipe.resume_allow):
         raise RunError(
-            f"{found} was made under other settings ({'; '.join(changed)}); "
-            "resume with the old ones, or choose another output_dir"
+            f"{found} was made under other settings or from other data ({'; '.join(kept)}); resume with the old ones, "
+            "choose another output_dir, or name in resume_allow what may differ"
         )
+    if changed:
+        reporter.line(f"going on with what resume_allow names: {'; '.join(changed)}")
+    if "inputs" not in recorded:
+        reporter.line(f"{found} does not record its data and model; whether they are the same could not be checked")
     state, ema = checkpoint.load(found, trainer.bundle.model, trainer.raw_optimizer)
     trainer.step, trainer.tokens = state["step"], state["tokens"]
+    averaged = trainer.ema is not None and recorded["settings"]["train"].get("ema") is not None
+    if averaged and (ema or {}).keys() != trainer.ema.keys():
+        raise RunError(
+            f"{found}/train/ema.safetensors has {len(ema or {})} averages of {len(trainer.ema)} tensors; restore it, "
+            "or remove the folder to go on from an older one"
+        )
     trainer.ema = ema if ema is not None else trainer.ema
-    if (read := state.get("read")) is None:
-        reporter.line(f"{found} does not say what was read of each source; shares count from here on")
-    else:
+    read = state.get("read", [])
+    same = len(read) == len(trainer.plan.sources)
+    if same:
         trainer.read = torch.tensor(read, dtype=torch.float64)
+    else:  # an older checkpoint, or sources came or went (resume_allow)
+        reporter.line(f"{found} does not say what was read of these sources; shares count from here on")
     reporter.line(f"resuming from {found} (step {trainer.step} of {trainer.steps})")
+    return tally.from_json(state["pending"]) if same else []
 
 
 def _model_card(bundle: Bundle, recipe: FinetuneRecipe) -> str:
@@ -292,27 +311,38 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
         adapted = None if recipe.lora is None else adapt(bundle, recipe.lora, recipe.seed)
         plan = Plan(packed, [entry.weight for entry in recipe.data.mix.values()], recipe.data.seed)
         trainer = Trainer(bundle, plan, recipe, accelerator, total_steps(recipe))
-        _resume(run, recipe, trainer, reporter)
+        check_supply(plan, recipe, trainer.steps, reporter.line)
+        inputs = inputs_of(bundle, recipe, opened)
+        pending = _resume(run, recipe, trainer, reporter, inputs)
         with _told_of(run):
             if main:
                 _prepare(run, recipe, source)  # not before: a refused run must not replace the record of the one there
                 trim_log(run, trainer.step)
                 trim_log(run, trainer.step or -1, RETENTION)  # a fresh run knows nothing of the parents
-            return _train(run, recipe, trainer, reporter, adapted)
+            return _train(run, recipe, trainer, reporter, pending, inputs, adapted)
 
 
-def _train(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter, adapted: PeftModel | None) -> Path:
+def _train(
+    run: Path,
+    recipe: FinetuneRecipe,
+    trainer: Trainer,
+    reporter: Reporter,
+    pending: list[StepReport],
+    inputs: dict[str, str],
+    adapted: PeftModel | None,
+) -> Path:
     main = trainer.accelerator.is_main_process
     watch = Watch.open(run, trainer, reporter.stage, reporter.line) if main and recipe.watch is not None else None
     meter = WorkMeter(trainer.bundle, recipe.loss.softmax == "joint")
     peak = peak_of(recipe, trainer.accelerator.device)
-    pending: list[StepReport] = []
     saved = trainer.step
 
     def save() -> None:
         if main:
             state = {"tokens": trainer.tokens, "settings": fixed_settings(recipe), "time": time.time()}
-            state["read"] = trainer.read.tolist()
+            state |= {"read": trainer.read.tolist(), "inputs": inputs, "pending": tally.to_json(pending)}
+            if (run / "log.jsonl").exists():
+                sync_path(run / "log.jsonl")  # a step that a checkpoint has behind it is not logged again
             checkpoint.save(run, trainer.step, trainer.bundle.model, trainer.raw_optimizer, trainer.ema, state)
             checkpoint.rotate(run, recipe.save.keep)
         trainer.accelerator.wait_for_everyone()
@@ -345,9 +375,8 @@ def _train(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Report
                 (run / "SAVE").unlink(missing_ok=True)
         code = stop()
         if code and trainer.step < trainer.steps:
-            flush()
             if saved != trainer.step:
-                save()
+                save()  # with the steps that no line tells of yet
             raise Interrupted(f"stopped at step {trainer.step} of {trainer.steps}; the same command resumes", code)
     if saved != trainer.step or not checkpoint.listed(run):
         save()
