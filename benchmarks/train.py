@@ -1,83 +1,219 @@
-"""Peak memory and CPU seconds of head and loss of one training step, in chunks against scores that stand whole.
+"""Useful tokens a second of training: jam's packed sequences against ``transformers.Trainer``, on the same documents.
 
-Each row is a process of its own, so that the kernel's high-water mark (VmHWM) is that row's alone: what it grows by
-from before the head to after the backward pass, states and weights counted out, gradients counted in. bf16 under
-autocast, as training has it, on one thread. ratio = the row over that of the plain loss.
+A Llama shape with random weights learns the shipped mini mix (text, captioned images, conversations by token share) at
+1,024 positions, in the same arithmetic, with AdamW and as many useful tokens a step, which are those of documents.
+Trainer pads each batch to its longest document, in random batches or with ``group_by_length``; text cut into documents
+of one length nobody pads. The sides take turns, the first step of a turn is left out, a side's figure is its fastest
+turn. Then head and loss alone: peak memory for 65,536 ids (``benchmarks/head_loss.py`` has more rows), and on a GPU
+model FLOPs utilisation of a 1B shape and of two fused 0.5B shapes.
 
-    python -m benchmarks.train            # 8,192 positions of a 65,536-row head (about eight minutes)
-    python -m benchmarks.train --quick    # 4,096 positions, narrower, the default chunk alone (under a minute)
+    python -m benchmarks.train            # some minutes
+    python -m benchmarks.train --quick    # few steps of a smaller shape (under a minute)
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
+import shutil
+import tempfile
 import time
-from pathlib import Path
+from dataclasses import dataclass
 
-VOCABULARY = 65_536
-CHUNKS = (None, 256, 512, 1024, 2048)
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import Trainer as TheirTrainer
+
+from benchmarks import head_loss
+from finetune.loop import Trainer
+from finetune.order import PackedSource, Plan
+from finetune.pack import Placed, Sequence
+from finetune.recipe import FinetuneRecipe
+from finetune.run import choose_attention
+from finetune.sources import Source, open_source
+from jam.memory import keep_freed_memory
+from jam.models.load import Bundle, load_bundle, quiet_transformers
+from jam.shipped import model_folder
+from jam.tokens.render import TEXT_HEAD, Tokens
+
+LENGTH = 1024
+MIX = {"text": ("text", 0.4), "pairs": ("captions", 0.4), "chat": ("conversations", 0.2)}
 
 
-def high_water() -> int:
-    """Bytes that this process has held at most."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+class Given:
+    """A plan of sequences that are there already."""
+
+    def __init__(self, sequences: list[Sequence], sources: list[Source]):
+        self.sequences, self.sources = sequences, sources
+
+    def sequence(self, t: int) -> tuple[int, Sequence]:
+        return 0, self.sequences[t % len(self.sequences)]
 
 
-def measure(rows: int, width: int, chunk: int | None) -> dict:
-    """Runs in the child: growth of the high-water mark in the first step, the least CPU seconds of two."""
-    import torch
+class Clock(TrainerCallback):
+    def __init__(self) -> None:
+        self.seconds, self.began = [], 0.0
 
-    from finetune.chunked import chunked_nats, plain_nats
-    from jam.models.span_head import span_scores
+    def on_step_begin(self, *given, **more) -> None:
+        self.began = time.perf_counter()
 
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    x_ND = torch.randn(rows, width, requires_grad=True)
-    weight_VD = (torch.randn(VOCABULARY, width) / width**0.5).requires_grad_()
-    targets_N, slices = torch.randint(VOCABULARY, (rows,)), [slice(0, VOCABULARY)]
-    before, seconds, grown = high_water(), [], 0
-    for _ in range(2):
-        x_ND.grad = weight_VD.grad = None
-        began = time.process_time()
-        with torch.autocast("cpu", torch.bfloat16):
-            if chunk is None:
-                nats_N, _ = plain_nats(span_scores(x_ND, weight_VD, slices), targets_N)
-            else:
-                nats_N, _ = chunked_nats(x_ND, weight_VD, slices, targets_N, None, chunk)
-        nats_N.mean().backward()
-        seconds.append(time.process_time() - began)
-        grown = grown or high_water() - before
-    return {"seconds": min(seconds), "bytes": grown, "loss": float(nats_N.mean())}
+    def on_step_end(self, *given, **more) -> None:
+        self.seconds.append(time.perf_counter() - self.began)
+
+
+@dataclass
+class Contest:
+    """One shape, one recipe, some steps; each side starts from the same weights."""
+
+    mini: Bundle
+    recipe: FinetuneRecipe
+    sources: list[Source]
+    layers: int
+    width: int
+    steps: int
+
+    def network(self) -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=self.mini.vocabulary.size,
+            hidden_size=self.width,
+            intermediate_size=self.width * 11 // 4,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.width // 64,
+            max_position_embeddings=LENGTH,
+        )
+        return LlamaForCausalLM(config)
+
+    def ours(self, sequences: list[Sequence]) -> float:
+        """Useful tokens a second."""
+        mini = self.mini
+        bundle = Bundle(mini.path, self.network(), mini.vocabulary, mini.text, None, mini.unconditional)
+        bundle.model.set_attn_implementation(choose_attention(self.recipe))
+        precision = "bf16" if self.recipe.train.precision == "bf16" else "no"
+        accelerator = Accelerator(cpu=True, mixed_precision=precision)
+        trainer = Trainer(bundle, Given(sequences, self.sources), self.recipe, accelerator, self.steps)
+        seconds = [trainer.advance().seconds for _ in range(self.steps)]
+        size = self.recipe.train.global_batch_size
+        useful = [sum(len(one.tokens) for one in sequences[t % len(sequences)]) for t in range(size * self.steps)]
+        return sum(useful[size:]) / sum(seconds[1:])
+
+    def theirs(self, documents: list[list[int]], batch: int, sampling: str) -> float:
+        """Useful tokens a second of ``batch`` documents a step."""
+        useful: list[int] = []
+
+        def collate(rows: list[dict]) -> dict[str, Tensor]:
+            longest = max(len(row["input_ids"]) for row in rows)
+            ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for place, row in enumerate(rows):
+                ids[place, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+                mask[place, : len(row["input_ids"])] = 1
+            useful.append(int(mask.sum()))
+            return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+        folder, clock = tempfile.mkdtemp(), Clock()
+        arguments = TrainingArguments(
+            folder,
+            per_device_train_batch_size=batch,
+            max_steps=self.steps,
+            bf16=self.recipe.train.precision == "bf16",
+            use_cpu=True,
+            train_sampling_strategy=sampling,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            log_level="error",
+            remove_unused_columns=False,
+            learning_rate=self.recipe.optim.lr,
+        )
+        rows = [{"input_ids": ids} for ids in documents]
+        with quiet_transformers():
+            trainer = TheirTrainer(self.network(), arguments, collate, train_dataset=rows, callbacks=[clock])
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        shutil.rmtree(folder)
+        done = len(clock.seconds)  # batches of one length differ in size from step to step: all of them count
+        return sum(useful[1:done]) / sum(clock.seconds[1:])
+
+
+def of_one_length(sequences: list[Sequence]) -> list[Tokens]:
+    """The text of the mix end to end, cut into documents of ``LENGTH`` tokens."""
+    texts = [one.tokens.ids for sequence in sequences for one in sequence if (one.tokens.heads == TEXT_HEAD).all()]
+    ids = np.concatenate(texts)
+    count = len(ids) // LENGTH
+    plain = np.zeros(LENGTH, np.uint8), np.ones(LENGTH, np.float32), np.zeros(LENGTH, np.int32)
+    return [Tokens(part, *plain) for part in ids[: count * LENGTH].reshape(count, LENGTH)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer positions, the default chunk alone")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        rows, width, chunk = args.child
-        print(json.dumps(measure(int(rows), int(width), None if chunk == "None" else int(chunk))))
-        return
-    rows, width = (4096, 128) if args.quick else (8192, 512)
-    base = None
-    print(f"{rows} positions, {VOCABULARY} rows of width {width}")
-    print(f"{'chunk':>6} {'peak MB':>8} {'ratio':>6} {'CPU s':>7} {'ratio':>6} {'loss':>8}")
-    for chunk in (None, 1024) if args.quick else CHUNKS:
-        command = [sys.executable, "-m", "benchmarks.train", "--child", *map(str, (rows, width, chunk))]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}
-        out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-        row = json.loads(out.splitlines()[-1])
-        base = base or row
-        memory, seconds = (row[key] / base[key] for key in ("bytes", "seconds"))
-        print(
-            f"{chunk or 'plain':>6} {row['bytes'] / 1e6:8.0f} {memory:6.3f} {row['seconds']:7.2f} {seconds:6.2f} "
-            f"{row['loss']:8.5f}",
-            flush=True,
-        )
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    given = parser.parse_args()
+    layers, width, size, steps, rounds = (2, 128, 2, 4, 1) if given.quick else (4, 384, 4, given.steps, given.rounds)
+    keep_freed_memory()
+    folder = model_folder(None)
+    raw = {
+        "model": str(folder),
+        "output_dir": "unused",
+        "data": {
+            "seq_len": LENGTH,
+            "mix": {name: {"kind": kind, "path": "mini", "weight": share} for name, (kind, share) in MIX.items()},
+        },
+        "objective": {"condition_drop": 0.0},
+        "train": {
+            "steps": 100,
+            "micro_batch_size": size,
+            "global_batch_size": size,
+            "precision": given.precision,
+            "random_offset": False,
+        },
+    }
+    recipe = FinetuneRecipe.model_validate(raw)
+    with quiet_transformers():
+        mini = load_bundle(folder)
+        opened = [open_source(name, entry, mini) for name, entry in recipe.data.mix.items()]
+    plan = Plan(
+        [PackedSource(source, number, mini, recipe, LENGTH) for number, source in enumerate(opened)],
+        [entry.weight for entry in recipe.data.mix.values()],
+        0,
+    )
+    began = time.perf_counter()
+    packed = [plan.sequence(t)[1] for t in range(100)]
+    read = sum(len(one.tokens) for sequence in packed for one in sequence)
+    path = read / (time.perf_counter() - began)
+    documents = [one.tokens.ids.tolist() for sequence in packed for one in sequence]
+    even = of_one_length(packed)
+    print(
+        f"{layers} layers, d {width}, {mini.vocabulary.size} ids, {given.precision}, {torch.get_num_threads()} "
+        f"threads; {len(documents)} documents of {read / len(documents):.0f} tokens on average, fill "
+        f"{read / len(packed) / LENGTH:.4f} (bar 0.98)\n"
+    )
+    batch = max(1, round(size * LENGTH * len(documents) / read))
+    contest = Contest(mini, recipe, opened, layers, width, steps)
+    sides = {
+        "jam, packed": lambda: contest.ours(packed),
+        "Trainer, random": lambda: contest.theirs(documents, batch, "random"),
+        "Trainer, group_by_length": lambda: contest.theirs(documents, batch, "group_by_length"),
+        "jam, one length": lambda: contest.ours([[Placed(tokens, 0)] for tokens in even]),
+        "Trainer, one length": lambda: contest.theirs([tokens.ids.tolist() for tokens in even], size, "random"),
+    }
+    found = {name: 0.0 for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            found[name] = max(found[name], side())
+    bars = {"Trainer, random": "1.8", "Trainer, group_by_length": "1.0", "Trainer, one length": "1.0"}
+    print("| | useful tokens a second | jam over it | bar |\n|---|---|---|---|")
+    for name, speed in found.items():
+        beside = found["jam, one length" if "one length" in name else "jam, packed"]
+        print(f"| {name} | {speed:,.0f} | {beside / speed:.2f} | {bars.get(name, '')} |")
+    times = path / found["jam, packed"]
+    print(f"\ndata path: {path:,.0f} tokens a second, {times:.0f} times what the model takes (bar 20)")
+    print("\nhead and loss in chunks (bar: under 0.25 of the plain one's peak):")
+    head_loss.table(*head_loss.QUICK)
 
 
 if __name__ == "__main__":

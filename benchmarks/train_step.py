@@ -1,4 +1,4 @@
-"""CPU seconds of one training step: what attention kernel, malloc settings and the narrow loss are worth.
+"""CPU seconds of one training step: what attention, malloc settings and the narrow loss are worth.
 
 Each row is a process of its own (malloc settings last as long as a process): forward and backward of 16 packed rows
 of 256 tokens in bf16 on one thread, the least of a few steps, in CPU seconds so that other jobs on the machine count
@@ -18,13 +18,15 @@ import sys
 import time
 from pathlib import Path
 
+DOCUMENTS = "jam_documents"  # jam.models.packed, which a process imports after its settings
 # attention kernel, freed memory kept, scores of a head's own ids at learnt positions alone
 ROWS = (
     ("sdpa", False, False),
     ("sdpa", True, False),
     ("eager", False, False),
     ("eager", True, False),
-    ("eager", True, True),
+    (DOCUMENTS, True, False),
+    (DOCUMENTS, True, True),
 )
 
 
@@ -50,21 +52,19 @@ def measure(folder: str, kernel: str, keep: bool, narrow: bool, steps: int) -> d
     ids = torch.randint(8, bundle.vocabulary.size, (rows, length))
     heads = (torch.rand(rows, length) < 0.7).long()  # seven tenths of a captioned image are codes
     labels = torch.multinomial(allowed_ids(bundle.vocabulary).float()[heads].flatten(0, 1), 1).view(rows, length)
-    owner = torch.arange(length) // 90
-    mask = (owner[:, None] == owner[None]) & torch.ones(length, length, dtype=torch.bool).tril()
     batch = Batch(
         ids,
         torch.arange(length).expand(rows, length),
         labels,
         heads,
         torch.ones(rows, length),
-        mask.expand(rows, 1, length, length),
+        (torch.arange(length) // 90).expand(rows, length),
         torch.zeros(rows, dtype=torch.long),
     )
     network = TokenLoss(bundle, LossSection())
 
     def wide() -> torch.Tensor:
-        logits, _ = bundle.logits(ids, heads, attention_mask=batch.mask, position_ids=batch.positions)
+        logits, _ = bundle.logits(ids, heads, **network.seen(batch))
         return cross_entropy(logits, batch)
 
     seconds = []

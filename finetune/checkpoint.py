@@ -240,7 +240,7 @@ def load(folder: Path, model: nn.Module, engine: Engine) -> tuple[dict, dict[str
         for name in file.keys():  # noqa: SIM118  (no mapping)
             parameter, _, key = name.rpartition(".")
             keys.setdefault(parameter, []).append(key)
-        if keys and keys.keys() != trained.keys():
+        if keys.keys() != trained.keys():
             raise RunError(
                 f"the checkpoint's optimizer covers {len(keys)} parameters, this run trains {len(trained)}, not the "
                 "same; resume with the recipe and the jam that made it, or start a new output_dir"

@@ -7,22 +7,40 @@ Aghajanyan et al., *CM3* (arXiv 2201.07520, section 2) with CM3Leon's two change
 
 Several spans are told apart by order: the n-th ``<infill>`` belongs to the n-th ``<mask>``. Predicting ``<mask>`` has
 loss weight 0 (CM3, section 2). A span lies inside one text or image segment: a drawn span is clipped to the segment
-that it overlaps most. No token is lost: the transform grows a document by two tokens a span, and draws fewer spans
-where the growth would not fit.
+that it overlaps most. No token is lost: the transform grows a document by two tokens a span. A long text is cut so that
+the growth of its pieces fits (``finetune.sources.cut``); a document with images, which is never cut, gets fewer spans
+where it would not.
+
+The number of spans is drawn before the cut, the spans after it: :func:`draw_instance`, then :func:`infilled`.
 """
 
 import numpy as np
 
+from finetune.recipe import ObjectiveSection
 from jam.tokens.render import TEXT_HEAD, Tokens
 from jam.tokens.vocabulary import Vocabulary
 
-MAX_SPANS = 16  # CM3: n ~ Clamp(Poisson(1), 1, 16)
+CAPTION = -1  # beside numbers of spans: the caption goes as a whole
+_TRIES = 64
 Span = tuple[int, int]  # start, stop
 
 
-def draw_count(generator: np.random.Generator, mode: str, clamp_min: int) -> int:
-    """Number of spans. ``clamp_min`` 1 is the paper's, 0 the published code's (36.8 % stay whole)."""
-    return 1 if mode == "one" else int(np.clip(generator.poisson(1.0), clamp_min, MAX_SPANS))
+def draw_instance(generator: np.random.Generator, objective: ObjectiveSection) -> int:
+    """What happens to a document: ``CAPTION``, or its number of spans, 0 for none. ``condition_drop`` is drawn first,
+    ``cm3`` is a share of the rest."""
+    draw = generator.random()
+    if draw < objective.condition_drop:
+        return CAPTION
+    if draw >= objective.condition_drop + objective.cm3 * (1 - objective.condition_drop):
+        return 0
+    if objective.spans == "one":
+        return 1
+    return int(np.clip(generator.poisson(1.0), objective.clamp_min, objective.clamp_max))
+
+
+def growth(instance: int) -> int:
+    """Tokens that a document grows by at most."""
+    return 2 * abs(instance)
 
 
 def segment_bounds(tokens: Tokens) -> list[Span]:
@@ -35,15 +53,24 @@ def segment_bounds(tokens: Tokens) -> list[Span]:
 
 
 def draw_spans(tokens: Tokens, count: int, generator: np.random.Generator) -> list[Span]:
-    """At most ``count`` disjoint, non-empty spans in order, each inside one segment."""
+    """At most ``count`` disjoint, non-empty spans in order, each inside one segment.
+
+    One at least, if ``count`` is and anything can be masked: ends that meet or hold controls alone are drawn again.
+    """
     bounds = segment_bounds(tokens)
     spans: list[Span] = []
-    for _ in range(count):
+    if not bounds:
+        return spans
+    for tried in range(_TRIES * count):
+        if tried >= count and spans:
+            break
         start, stop = sorted(generator.integers(0, len(tokens) + 1, size=2).tolist())
         clipped = max(((max(start, a), min(stop, b)) for a, b in bounds), key=lambda s: s[1] - s[0], default=(0, 0))
         touches = any(clipped[0] <= b and a <= clipped[1] for a, b in spans)  # adjacent masks could not be told apart
         if clipped[1] > clipped[0] and not touches:
             spans.append(clipped)
+    if not spans and count:
+        spans.append(max(bounds, key=lambda s: s[1] - s[0]))
     return sorted(spans)
 
 
@@ -115,28 +142,15 @@ def unmask(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     return np.concatenate([*whole, ids[stop:]])
 
 
-def transform(
-    tokens: Tokens,
-    generator: np.random.Generator,
-    vocabulary: Vocabulary,
-    *,
-    share: float,
-    condition_drop: float,
-    mode: str,
-    clamp_min: int,
-    room: int,
+def infilled(
+    tokens: Tokens, instance: int, generator: np.random.Generator, vocabulary: Vocabulary, room: int
 ) -> Tokens:
-    """Draws what happens to one document: caption dropped, CM3 spans, or nothing.
+    """One document as :func:`draw_instance` said.
 
     Args:
-        share: probability of CM3 spans; ``condition_drop`` is taken first.
         room: the longest the result may be, in tokens.
     """
-    draw = generator.random()
-    growth = max(0, (room - len(tokens)) // 2)
-    if draw < condition_drop:
-        return mask_spans(tokens, caption_span(tokens)[:growth], vocabulary)
-    if draw < condition_drop + share * (1 - condition_drop):
-        count = min(draw_count(generator, mode, clamp_min), growth)
-        return mask_spans(tokens, draw_spans(tokens, count, generator), vocabulary)
-    return tokens
+    most = max(0, (room - len(tokens)) // 2)
+    if instance == CAPTION:
+        return mask_spans(tokens, caption_span(tokens)[:most], vocabulary)
+    return mask_spans(tokens, draw_spans(tokens, min(instance, most), generator), vocabulary)

@@ -14,6 +14,7 @@ from finetune.engines import Engine
 from finetune.lora import merged, save_adapter
 from finetune.ranks import Ranks
 from finetune.recipe import FinetuneRecipe
+from finetune.scratch import own_record, trained_config
 from jam.errors import RunError
 from jam.models.load import Bundle, quiet_transformers
 from jam.recipe import dump_recipe
@@ -25,6 +26,8 @@ def _model_card(bundle: Bundle, recipe: FinetuneRecipe, steps: int) -> str:
     mix = ", ".join(f"{name} {entry.weight:g}" for name, entry in recipe.data.mix.items())
     lines = ["---", "library_name: transformers", "tags: [jam]", "---", "", f"# {bundle.path.name}, trained", ""]
     kind = type(bundle.model).__name__
+    if recipe.scratch is not None:
+        lines[-2] = f"# {Path(recipe.output_dir).name}, trained from nothing"
     lines += [f"`{kind}`, {tokens:,} tokens in sequences of {recipe.data.seq_len}; mix: {mix}.", ""]
     lines += ["`finetune.yaml` is the recipe; `merge.yaml` and `report.json`, where present, are of the merge.", ""]
     return "\n".join(lines)
@@ -48,7 +51,7 @@ def write_final(
         RunError: the folder cannot be written.
     """
     final = run / "final"
-    config = json.loads((bundle.path / "config.json").read_text())
+    config = trained_config(bundle, recipe)
     dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
     state = {} if adapted is not None else _weights(bundle, dtype, engine, ranks.first)
     with ranks.together():
@@ -65,6 +68,8 @@ def write_final(
                     bundle.model.save_pretrained(temporary, state_dict=state)
                 _share(temporary)
                 (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # no setting is changed
+                if recipe.scratch is not None:
+                    own_record(temporary)
                 checkpoint.discard(final)
                 os.rename(temporary, final)
             except Exception as error:

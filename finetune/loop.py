@@ -16,11 +16,13 @@ from transformers import PreTrainedModel
 
 from finetune.engines import Engine, engine_for
 from finetune.loss import TokenLoss, position_weights, sums
+from finetune.measure import SOURCES, count
 from finetune.optim import build_optimizer, learning_rate, tables
 from finetune.order import Plan
-from finetune.pack import Batch, collate
+from finetune.pack import Batch, Sequence, collate
 from finetune.ranks import Ranks
 from finetune.recipe import FinetuneRecipe
+from finetune.suspects import not_finite, suspect_rows
 from jam.errors import RunError
 from jam.models.load import Bundle
 
@@ -39,6 +41,8 @@ class StepReport:
     lr: float
     seconds: float
     sums: Tensor
+    counts: list[float] = field(default_factory=list)
+    mfu: float | None = None
 
 
 def hold_frozen_in_bf16(model: nn.Module) -> None:
@@ -62,7 +66,7 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 
 @dataclass
 class Trainer:
-    """Model, optimizer and position of one run."""
+    """Model, optimizer and position of one run; ``read`` are the tokens of each source so far, padding not counted."""
 
     bundle: Bundle
     plan: Plan
@@ -72,10 +76,12 @@ class Trainer:
     ranks: Ranks = field(default_factory=Ranks)
     step: int = 0
     tokens: int = 0
+    read: Tensor | None = None
     ema: dict[str, Tensor] | None = None
     engine: Engine = field(init=False)
     model: nn.Module = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
+    counts: Tensor = field(init=False)  # of this rank's last batch
 
     def __post_init__(self) -> None:
         recipe, network = self.recipe, self.bundle.model
@@ -120,15 +126,22 @@ class Trainer:
 
     def batch(self, step: int) -> Batch:
         """This rank's sequences of a step."""
-        size, data = self.recipe.train.global_batch_size, self.recipe.data
+        size = self.recipe.train.global_batch_size
         first, world = step * size, self.accelerator.num_processes
         numbers = range(first + self.accelerator.process_index, first + size, world)
         owners, sequences = zip(*(self.plan.sequence(t) for t in numbers), strict=True)
-        batch = collate(list(sequences), list(owners), data.seq_len, self.bundle.vocabulary.controls["pad"])
-        return Batch(*(getattr(batch, n).to(self.accelerator.device) for n in batch.__dataclass_fields__))
+        sequences, conditioned = list(sequences), [one.source.conditioned for one in self.plan.sources]
+        self.counts = count(sequences, owners, conditioned, self.recipe.data.seq_len, self.bundle.vocabulary)
+        return self.lay_out(sequences, list(owners))
 
-    def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Gradients of the global loss; returns (loss and z-loss on this rank's share [2], sums for the log)."""
+    def lay_out(self, sequences: list[Sequence], owners: list[int]) -> Batch:
+        """Sequences as a batch on this rank's device."""
+        batch = collate(sequences, owners, self.recipe.data.seq_len, self.bundle.vocabulary.controls["pad"])
+        return batch.to(self.accelerator.device)
+
+    def backward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the global loss; returns (loss and z-loss on this rank's share [2], sums for the log, bool [B]:
+        the rows whose loss is not finite)."""
         recipe, size = self.recipe, self.recipe.train.micro_batch_size
         weights = position_weights(batch, recipe.loss)
         # every rank divides by the weight of all ranks; DDP averages, hence the factor
@@ -136,7 +149,7 @@ class Trainer:
         scale = self.accelerator.num_processes / total
         logged = torch.zeros(2 + len(self.plan.sources), 2, dtype=torch.float64, device=weights.device)
         loss = torch.zeros(2, dtype=torch.float64, device=weights.device)
-        count = len(batch.ids)
+        count, suspects = len(batch.ids), []
         for start in range(0, count, size):
             part, last = batch.rows(start, start + size), start + size >= count
             with self.engine.micro_batch(self.model, last):
@@ -146,13 +159,14 @@ class Trainer:
                 self.engine.backward(terms.sum(), last)
             loss += terms.detach()
             logged += sums(found[0], part, len(self.plan.sources))
-        return loss / self.accelerator.num_processes, logged
+            suspects.append(suspect_rows(found))
+        return loss / self.accelerator.num_processes, logged, torch.cat(suspects)
 
     def advance(self) -> StepReport:
         """One optimizer step.
 
         Raises:
-            RunError: the loss is not finite.
+            RunError: the loss or the gradient is not finite; names the documents, and takes no step.
         """
         began = time.perf_counter()
         torch.manual_seed((self.accelerator.process_index << 40) + self.recipe.seed * 1_000_003 + self.step)
@@ -162,21 +176,22 @@ class Trainer:
         with self.ranks.together():  # a document that cannot be used is on one rank alone
             batch = self.batch(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        local_loss, logged = self.backward(batch)
+        local_loss, logged, suspects = self.backward(batch)
         loss, z = self.accelerator.reduce(local_loss, "sum").tolist()
         if not math.isfinite(loss + z):
-            raise RunError(
-                f"the loss is {loss + z} at step {self.step + 1}; it must be finite; lower optim.lr ({rate:.1g} now) "
-                "or set train.precision: fp32, then run again to resume from the last checkpoint"
-            )
+            raise not_finite(self, f"the loss is {loss + z}", suspects)
         norm = self.engine.clip(self.model, self.recipe.optim.clip)
+        if not math.isfinite(norm):
+            raise not_finite(self, f"the loss is {loss + z:.4g}, its gradient's norm {norm}", None)
         self.optimizer.step()
         self._average()
         self.tokens += int(self.accelerator.reduce(torch.tensor(batch.tokens, device=batch.ids.device), "sum"))
         self.step += 1
         logged = self.accelerator.reduce(logged, "sum").cpu()
+        counts = self.accelerator.reduce(self.counts.to(batch.ids.device), "sum").cpu()
+        self.read = counts[SOURCES:] if self.read is None else self.read + counts[SOURCES:]
         seconds = time.perf_counter() - began
-        return StepReport(self.step, self.steps, self.tokens, loss, z, norm, rate, seconds, logged)
+        return StepReport(self.step, self.steps, self.tokens, loss, z, norm, rate, seconds, logged, counts.tolist())
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -7,6 +7,7 @@ vocabulary, N rows of one head, K its own ids.
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from jam.models.cross import JamCrossForCausalLM
 from jam.models.families import FAMILIES
 from jam.models.load import Bundle, Softmax
 from jam.models.masks import masks_for
+from jam.models.packed import DOCUMENTS, NO_MASK, Documents
 from jam.models.span_head import owned_slices, span_scores
 from jam.models.tower import cap_of, capped
 from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD
@@ -76,8 +78,8 @@ class TokenLoss(nn.Module):
         if self.own_codes and self.training:
             batch = self.with_own_codes(batch)
         if not self.narrow:
-            inputs = {"attention_mask": batch.mask, "position_ids": batch.positions}
-            logits_BTV = self.bundle.logits(batch.ids, batch.head_ids, softmax=self.softmax, **inputs)[0]
+            seen = self.seen(batch)
+            logits_BTV = self.bundle.logits(batch.ids, batch.head_ids, softmax=self.softmax, **seen)[0]
             nats_BT = cross_entropy(logits_BTV, batch)
             squares_BT = log_z_squared(logits_BTV, batch) if self.z else torch.zeros_like(nats_BT)
             return torch.stack([nats_BT, squares_BT])
@@ -118,14 +120,24 @@ class TokenLoss(nn.Module):
         torch.clear_autocast_cache()  # before torch 2.10 it kept the weights' casts of this pass, without history
         return replace(batch, ids=ids)
 
+    def seen(self, batch: Batch) -> dict[str, Any]:
+        """Positions, and who attends to whom in the form that the network's attention asks for."""
+        if self.model.config._attn_implementation != DOCUMENTS:
+            return {"position_ids": batch.positions, "attention_mask": batch.mask}
+        documents = Documents.of(batch.owners, batch.ids.device)
+        return {"position_ids": batch.positions, "attention_mask": NO_MASK, "documents": documents}
+
     def _states(self, batch: Batch) -> list[Tensor]:
         """Final states [B * T, D] as the heads read them: one for a single-table model, one a tower for two."""
+        seen = self.seen(batch)
         if self.cross:
-            states = self.model.states(batch.ids, batch.mask, batch.positions)
+            states = self.model.states(batch.ids, **seen)
         else:
-            mask = masks_for(self.model.config, batch.mask, self.model.dtype, None, batch.ids.shape[1])
-            inputs = {"input_ids": batch.ids, "attention_mask": mask, "position_ids": batch.positions}
-            states = [self.model.base_model(**inputs, use_cache=False).last_hidden_state]
+            length = batch.ids.shape[1]
+            seen["attention_mask"] = masks_for(
+                self.model.config, seen["attention_mask"], self.model.dtype, None, length
+            )
+            states = [self.model.base_model(batch.ids, use_cache=False, **seen).last_hidden_state]
         return [state.flatten(0, 1) for state in states]
 
     def _head(self, kind: int, states: list[Tensor]) -> Tensor:

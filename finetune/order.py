@@ -7,19 +7,21 @@ Nothing is drawn from a stream, so the resume state is one integer, whatever the
 Walking to a far sequence packs the windows before it again (about 0.1 ms a document); nothing is stored.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from finetune.bijection import bijection
-from finetune.cm3 import transform
+from finetune.cm3 import draw_instance, growth, infilled
 from finetune.pack import Placed, Sequence, best_fit, noisy_codes
 from finetune.recipe import FinetuneRecipe
-from finetune.sources import Source, keyed, pieces
+from finetune.sources import Source, cut, keyed
 from jam.errors import DataError
 from jam.models.load import Bundle
+from jam.tokens.render import Tokens
 
-ORDER = "feistel"  # what a checkpoint says of the order that its step counts in
+ORDER = "feistel, cut for CM3"  # what a checkpoint says of the order that its step counts in
 BLOCK = 100  # sequences over which the shares of the mix are exact
 WINDOW = 1024  # documents packed together
 
@@ -59,25 +61,30 @@ class PackedSource:
         places = np.arange(part * WINDOW, min((part + 1) * WINDOW, self.source.size))
         placed = []
         for index in bijection(places, self.source.size, seed, self.number, epoch).tolist():
+            if index in self.source.skip:
+                continue
             generator = keyed(seed, self.number, epoch, index)
-            for tokens in pieces(self.source, self.bundle, index, generator.random(), recipe.data.seq_len):
-                if self.source.conditioned:
-                    tokens = transform(
-                        tokens,
-                        generator,
-                        self.bundle.vocabulary,
-                        share=recipe.objective.cm3,
-                        condition_drop=recipe.objective.condition_drop,
-                        mode=recipe.objective.spans,
-                        clamp_min=recipe.objective.clamp_min,
-                        room=recipe.data.seq_len,
-                    )
+            for tokens in self._instances(index, generator):
                 room = self.context - len(tokens)
                 offset = int(generator.integers(room + 1)) if recipe.train.random_offset and room > 0 else 0
                 noise = recipe.objective.code_noise
                 inputs = noisy_codes(tokens, generator, self.bundle.vocabulary, noise) if noise else None
-                placed.append(Placed(tokens, offset, inputs))
+                placed.append(Placed(tokens, offset, inputs, index))
         return placed
+
+    def _instances(self, index: int, generator: np.random.Generator) -> Iterator[Tokens]:
+        """Document ``index`` in pieces that fit, masked as the objective says; what is drawn depends on the generator
+        alone."""
+        objective, length = self.recipe.objective, self.recipe.data.seq_len
+        draw, instance = generator.random(), 0
+
+        def next_growth() -> int:
+            nonlocal instance
+            instance = draw_instance(generator, objective) if self.source.conditioned else 0
+            return growth(instance)
+
+        for tokens in cut(self.source, self.bundle, index, draw, length, next_growth):
+            yield infilled(tokens, instance, generator, self.bundle.vocabulary, length)
 
     def _pack(self, window: int) -> list[Sequence]:
         if self._current[0] != window:
@@ -86,6 +93,10 @@ class PackedSource:
             shuffled = keyed(self.recipe.data.seed, self.number, window, 1).permutation(len(bins))
             self._current = (window, [[documents[i] for i in bins[b]] for b in shuffled])
         return self._current[1]
+
+    def window(self, number: int) -> list[Sequence]:
+        """The sequences of one window, in order."""
+        return self._pack(number)
 
     def sequence(self, number: int) -> Sequence:
         window = int(np.searchsorted(self._starts, number, side="right")) - 1

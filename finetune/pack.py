@@ -18,12 +18,14 @@ from jam.tokens.vocabulary import Vocabulary
 class Placed:
     """One document with the learned position its first token takes.
 
-    ``inputs`` are the ids that the model reads where they are not those it learns to predict (:func:`noisy_codes`).
+    ``inputs`` are the ids that the model reads where they are not those it learns to predict (:func:`noisy_codes`);
+    ``document`` is its number in its source, for errors.
     """
 
     tokens: Tokens
     offset: int
     inputs: np.ndarray | None = None
+    document: int = -1
 
 
 Sequence = list[Placed]
@@ -92,7 +94,8 @@ class Batch:
 
     ``ids``, ``positions``, ``labels`` int64 [B, T] (labels are shifted: ``labels[t]`` follows ``ids[t]``);
     ``head_ids`` int64 [B, T] is the head that predicts ``labels[t]``; ``weights`` float32 [B, T], 0 where nothing is
-    predicted; ``mask`` bool [B, 1, T, T], True where a query (row) may attend; ``sources`` int64 [B].
+    predicted; ``owners`` int64 [B, T] on the CPU, the number of a position's document in its row, -1 for the unused
+    end; ``sources`` int64 [B].
     """
 
     ids: Tensor
@@ -100,12 +103,18 @@ class Batch:
     labels: Tensor
     head_ids: Tensor
     weights: Tensor
-    mask: Tensor
+    owners: Tensor
     sources: Tensor
 
     @property
     def tokens(self) -> int:
         return int((self.labels >= 0).sum())
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [B, 1, T, T], True where a query (row) may attend: earlier tokens of its document and itself."""
+        same = self.owners[:, :, None] == self.owners[:, None, :]
+        return (same & torch.ones_like(same[0]).tril())[:, None].to(self.ids.device)
 
     def learnt(self) -> "Batch":
         """The same with labels only where they carry loss."""
@@ -114,6 +123,10 @@ class Batch:
     def rows(self, start: int, stop: int) -> "Batch":
         part = slice(start, stop)
         return Batch(*(getattr(self, name)[part] for name in self.__dataclass_fields__))
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {name: getattr(self, name).to(device) for name in self.__dataclass_fields__ if name != "owners"}
+        return replace(self, **moved)
 
 
 def collate(sequences: list[Sequence], sources: list[int], length: int, pad: int) -> Batch:
@@ -127,7 +140,7 @@ def collate(sequences: list[Sequence], sources: list[int], length: int, pad: int
     labels = np.full((count, length), -1, np.int64)
     heads = np.full((count, length), TEXT_HEAD, np.int64)
     weights = np.zeros((count, length), np.float32)
-    owner = np.full((count, length), -1, np.int64)
+    owners = np.full((count, length), -1, np.int64)
     for row, sequence in enumerate(sequences):
         at = 0
         for number, placed in enumerate(sequence):
@@ -138,9 +151,7 @@ def collate(sequences: list[Sequence], sources: list[int], length: int, pad: int
             labels[row, at : stop - 1] = tokens.ids[1:]
             heads[row, at : stop - 1] = tokens.heads[1:]
             weights[row, at : stop - 1] = tokens.weights[1:]
-            owner[row, at:stop] = number
+            owners[row, at:stop] = number
             at = stop
-    causal = np.tril(np.ones((length, length), bool))
-    mask = (owner[:, :, None] == owner[:, None, :]) & causal
-    arrays = (ids, positions, labels, heads, weights, mask[:, None], np.array(sources, np.int64))
+    arrays = (ids, positions, labels, heads, weights, owners, np.array(sources, np.int64))
     return Batch(*(torch.from_numpy(array) for array in arrays))

@@ -6,7 +6,7 @@ matter. Imports no torch.
 """
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -33,12 +33,20 @@ class Source(Section):
         description="how lines become documents: text, captions, conversations or scenes (composed image pairs); "
         "shards are prepared (jam data prepare)"
     )
-    path: str = Field(min_length=1, description='"mini" for the shipped data, else a jsonl file, or a prepared folder')
+    path: str = Field(
+        min_length=1, description='"mini" for the shipped data, else a file or folder of rows, or a prepared folder'
+    )
     weight: float = Field(
         gt=0.0, description="share of this source in the mix, counted in tokens; shares are normalised"
     )
     loss: ModalityWeights = Field(ModalityWeights(), description="loss weights within this source")
     limit: int | None = Field(None, ge=1, description="use only the first so many documents; null is all")
+    skip: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="documents left out, by their number from 0, as errors name them"
+    )
+    max_epochs: float | None = Field(
+        None, gt=0.0, description="refuse a run that reads the documents more often than this; null only says so"
+    )
     joined: int = Field(
         1,
         ge=1,
@@ -66,7 +74,12 @@ class ObjectiveSection(Section):
 
     cm3: float = Field(0.0, ge=0.0, le=1.0, description="share of documents turned into infilling instances")
     spans: Literal["poisson", "one"] = Field("poisson", description="number of spans: Poisson(1) or always one")
-    clamp_min: Literal[0, 1] = Field(1, description="least number of spans; 1 masks every chosen document")
+    clamp_min: Literal[0, 1] = Field(
+        1,
+        description="least number of spans: 1 masks every chosen document (CM3's paper), 0 leaves 36.8 % of them whole "
+        "(its code in metaseq)",
+    )
+    clamp_max: int = Field(16, ge=1, description="greatest number of spans")
     condition_drop: float = Field(
         0.1, ge=0.0, le=1.0, description="share of captions masked as a whole, which guidance needs"
     )
@@ -115,6 +128,18 @@ class ParameterGroup(Section):
         "they are, undecayed (one process or DDP)",
     )
 
+    fresh: Literal["mean", "normal", "zero", "he"] | None = Field(
+        None,
+        description="how these rows begin: mean of the other rows; normal around it with their deviation, column by "
+        "column; zero; he: normal with variance 2 / width; null leaves them as the model has them",
+    )
+
+    @model_validator(mode="after")
+    def _fresh_rows(self) -> "ParameterGroup":
+        if self.fresh is not None and self.rows is None:
+            raise ValueError(f"fresh is {self.fresh} without rows; required: which rows begin anew; add rows")
+        return self
+
     @field_validator("rows")
     @classmethod
     def _ranges(cls, rows: tuple[tuple[int, int], ...] | None) -> tuple[tuple[int, int], ...] | None:
@@ -138,6 +163,32 @@ class LoraSection(Section):
     )
     new_rows: bool = Field(
         False, description="the rows of controls and image codes, of every table and head, learn with the adapters"
+    )
+
+
+Setting = bool | int | float | str | None
+
+
+class ScratchSection(Section):
+    """A network of new weights: ``model`` gives vocabulary and tokenizers, this section shape and initialisation."""
+
+    num_hidden_layers: int = Field(ge=1, description="layers")
+    hidden_size: int = Field(ge=1, description="width of a token's state")
+    num_attention_heads: int = Field(ge=1, description="attention heads of a layer")
+    intermediate_size: int = Field(ge=1, description="width of the feed-forward layer (OPT's ffn_dim)")
+    max_position_embeddings: int = Field(ge=1, description="positions; data.seq_len may be as long")
+    num_key_value_heads: int | None = Field(None, ge=1, description="key and value heads; null is as many as heads")
+    head_dim: int | None = Field(None, ge=1, description="width of a head; null is hidden_size / num_attention_heads")
+    config: dict[str, Setting] = Field(
+        {}, description="other settings of the model's config.json, laid over those of the folder"
+    )
+    init: Literal["class", "cm3leon"] = Field(
+        "class",
+        description="class: as transformers' class draws its weights; cm3leon: truncated normal cut at 3 deviations, "
+        "zero where a layer adds to the state, positions at 1/30 of the deviation",
+    )
+    init_std: float | None = Field(
+        None, gt=0.0, description="standard deviation of the weights; null is the config's, or 0.006 for cm3leon"
     )
 
 
@@ -185,9 +236,10 @@ class TrainSection(Section):
         8, ge=1, description="sequences in one optimizer step, a multiple of the micro batch"
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of forward and backward passes")
-    attention: Literal["auto", "sdpa", "eager"] = Field(
+    attention: Literal["auto", "documents", "sdpa", "eager"] = Field(
         "auto",
-        description="kernel of masked attention: on a CPU the plain one beats sdpa on short sequences (auto: to 512)",
+        description="documents attends inside each document of a packed sequence alone (auto); the others to the whole "
+        "sequence under a mask",
     )
     checkpointing: bool = Field(
         False, description="keep the states between layers alone and make the rest again in the backward pass"
@@ -227,6 +279,40 @@ class LogSection(Section):
     """What is written to log.jsonl, and how often."""
 
     every: int = Field(10, ge=1, description="steps between two lines of the log")
+    tensorboard: bool = Field(False, description="also event files in output_dir/tensorboard (pip: jam[tensorboard])")
+    wandb: str | None = Field(
+        None,
+        min_length=1,
+        description="also a run of this W&B project, offline unless WANDB_MODE says otherwise (pip: jam[wandb])",
+    )
+    peak_tflops: float | None = Field(
+        None, gt=0.0, description="what one device can do in this precision, for the MFU; null: jam's table, by name"
+    )
+
+
+class WatchSection(Section):
+    """What is measured and shown of the model while it is trained; the training does not notice."""
+
+    every: int = Field(200, ge=1, description="steps between two looks; there is one before the first and at the end")
+    retention: int = Field(
+        64, ge=0, description="held-out texts, and as many captioned images, whose loss is set against both parents'"
+    )
+    texts: str | None = Field(None, min_length=1, description="jsonl of held-out texts; null: the shipped ones")
+    captions: str | None = Field(
+        None, min_length=1, description="jsonl of held-out captioned images; null: the shipped ones"
+    )
+    samples: int = Field(2, ge=0, description="prompts that get a picture and a reply; models that draw alone")
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="of these the first so many; none: captions to draw and questions of the shipped held-out data"
+    )
+
+    @model_validator(mode="after")
+    def _something_to_see(self) -> "WatchSection":
+        if not self.retention and not self.samples:
+            raise ValueError("retention and samples are both 0; required: one above 0; raise one or remove watch")
+        if self.prompts and not self.samples:
+            raise ValueError("prompts are given and samples is 0, which would ignore them; raise samples")
+        return self
 
 
 class FinetuneRecipe(Recipe):
@@ -284,6 +370,9 @@ class FinetuneRecipe(Recipe):
         "save_steps": "save.every",
         "save_total_limit": "save.keep",
         "logging_steps": "log.every",
+        "report_to": "log.tensorboard",
+        "wandb_project": "log.wandb",
+        "eval_steps": "watch",
         "base_model": "model",
         "model_name_or_path": "model",
         "out": "output_dir",
@@ -299,14 +388,31 @@ class FinetuneRecipe(Recipe):
         "auto",
         description="auto goes on from the newest whole checkpoint, never starts afresh, must refuses to start afresh",
     )
+    resume_allow: tuple[str, ...] = Field(
+        (),
+        description="what a resumed run may have otherwise than its checkpoint, by dotted name: a setting (optim.lr), "
+        "or what the checkpoint was made from (content.data.mix.NAME)",
+    )
     data: DataSection = Field(description="what is read: at least data.mix with one source")
     objective: ObjectiveSection = Field(ObjectiveSection(), description="the CM3 objective")
     loss: LossSection = Field(LossSection(), description="loss weights")
+    scratch: ScratchSection | None = Field(
+        None, description="train new weights of this shape; null trains the model's own"
+    )
     lora: LoraSection | None = Field(None, description="train adapters over a frozen model; null trains the model")
     optim: OptimSection = Field(OptimSection(), description="optimizer and schedule")
     train: TrainSection = Field(description="length, batches and arithmetic: at least train.tokens or train.steps")
     save: SaveSection = Field(SaveSection(), description="checkpoints")
     log: LogSection = Field(LogSection(), description="the log")
+    watch: WatchSection | None = Field(
+        None, description="held-out losses and samples during the run (one process or DDP); null is none"
+    )
+
+    @model_validator(mode="after")
+    def _adapters_lie_over_something(self) -> "FinetuneRecipe":
+        if self.scratch is not None and self.lora is not None:
+            raise ValueError("scratch draws new weights, and lora trains adapters over old ones; remove one of the two")
+        return self
 
     @model_validator(mode="after")
     def _adapters_have_no_rows(self) -> "FinetuneRecipe":

@@ -9,35 +9,44 @@ import errno
 import fcntl
 import importlib.metadata
 import json
-import math
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from pydantic import ValidationError
 
-from finetune import checkpoint
+from finetune import checkpoint, tally
+from finetune.boards import check_packages, open_boards
 from finetune.engines import start_processes
 from finetune.final import write_final
+from finetune.flops import WorkMeter, peak_of
+from finetune.inputs import changed_inputs, inputs_of, refused
+from finetune.log import append_log, log_line, trim_log, utilisation
 from finetune.loop import StepReport, Trainer
 from finetune.lora import adapt
 from finetune.order import ORDER, PackedSource, Plan
 from finetune.ranks import Ranks
 from finetune.recipe import FinetuneRecipe
+from finetune.retention import RETENTION
+from finetune.scratch import starting_bundle
 from finetune.sources import open_source
+from finetune.supply import check_supply
+from finetune.watch import Watch, check_engine
 from jam.errors import RunError
 from jam.memory import keep_freed_memory
-from jam.models.load import Bundle, load_bundle
+from jam.models.load import Bundle
+from jam.models.packed import DOCUMENTS
 from jam.plot import loss_curves
 from jam.recipe import dump_recipe
+from jam.shards import sync_path
 
 # settings that a resumed run may not change
-FIXED = ("model", "seed", "data", "objective", "loss", "lora", "optim", "train")
+FIXED = ("model", "seed", "data", "objective", "loss", "scratch", "lora", "optim", "train")
 
 
 class Interrupted(RunError):
@@ -121,7 +130,7 @@ def changed_settings(recorded: dict, recipe: FinetuneRecipe) -> list[str]:
     order = recorded.get("order", "shuffled")  # before it was recorded
     recorded = {key: value for key, value in recorded.items() if key != "order"}
     with suppress(ValidationError):  # a setting that is gone: it is named as it stands
-        recorded = fixed_settings(FinetuneRecipe.model_validate(recipe.model_dump() | recorded))
+        recorded = fixed_settings(FinetuneRecipe.model_validate(recipe.model_dump(exclude=set(FIXED)) | recorded))
     return _differences(recorded | {"order": order}, fixed_settings(recipe))
 
 
@@ -131,11 +140,9 @@ def total_steps(recipe: FinetuneRecipe) -> int:
     return max(1, round(recipe.train.tokens / (recipe.train.global_batch_size * recipe.data.seq_len)))
 
 
-def choose_attention(recipe: FinetuneRecipe, cuda: bool) -> str:
-    """The kernel that ``train.attention`` names; under ``auto`` by what was measured (docs/log.md, training)."""
-    if recipe.train.attention != "auto":
-        return recipe.train.attention
-    return "eager" if not cuda and recipe.data.seq_len <= 512 else "sdpa"
+def choose_attention(recipe: FinetuneRecipe) -> str:
+    """transformers' name of the kernel that ``train.attention`` asks for."""
+    return {"auto": DOCUMENTS, "documents": DOCUMENTS}.get(recipe.train.attention, recipe.train.attention)
 
 
 def _context(bundle: Bundle, recipe: FinetuneRecipe) -> int:
@@ -145,23 +152,39 @@ def _context(bundle: Bundle, recipe: FinetuneRecipe) -> int:
     return context
 
 
-def _resume(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter) -> None:
-    """Puts the trainer where the newest good checkpoint left off, which the first rank finds for all."""
+def _resume(
+    run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter, inputs: dict[str, str]
+) -> list[StepReport]:
+    """Puts the trainer where the newest good checkpoint left off, which the first rank finds for all; returns the steps
+    that no line of the log tells of yet."""
     ranks = trainer.ranks
     with ranks.together():
-        found = _checkpoint(run, recipe, reporter) if ranks.first else None
+        found = _checkpoint(run, recipe, reporter, inputs) if ranks.first else None
     found = ranks.told(found)
     if found is None:
-        return
+        return []
     with ranks.together():
         state, ema = checkpoint.load(found, trainer.bundle.model, trainer.engine)
+        averaged = trainer.ema is not None and state["settings"]["train"].get("ema") is not None
+        if averaged and (ema or {}).keys() != trainer.ema.keys():
+            raise RunError(
+                f"{found}/train/ema.safetensors has {len(ema or {})} averages of {len(trainer.ema)} tensors; restore "
+                "it, or remove the folder to go on from an older one"
+            )
     trainer.step, trainer.tokens = state["step"], state["tokens"]
     trainer.ema = ema if ema is not None else trainer.ema
+    read = state.get("read", [])
+    same = len(read) == len(trainer.plan.sources)
+    if same:
+        trainer.read = torch.tensor(read, dtype=torch.float64)
+    else:  # an older checkpoint, or sources came or went (resume_allow)
+        reporter.line(f"{found} does not say what was read of these sources; shares count from here on")
     reporter.line(f"resuming from {found} (step {trainer.step} of {trainer.steps})")
+    return tally.from_json(state["pending"]) if same else []
 
 
-def _checkpoint(run: Path, recipe: FinetuneRecipe, reporter: Reporter) -> Path | None:
-    """The newest good checkpoint, made under this recipe; None to start afresh."""
+def _checkpoint(run: Path, recipe: FinetuneRecipe, reporter: Reporter, inputs: dict[str, str]) -> Path | None:
+    """The newest good checkpoint, made under this recipe from these inputs; None to start afresh."""
     found = None if recipe.resume == "never" else checkpoint.newest(run, reporter.line)
     if found is None:
         if recipe.resume == "must":
@@ -171,58 +194,18 @@ def _checkpoint(run: Path, recipe: FinetuneRecipe, reporter: Reporter) -> Path |
         if recipe.resume == "never" and checkpoint.listed(run):
             raise RunError(f"resume: never, but {run} holds checkpoints; move them away or choose another output_dir")
         return None
-    recorded = json.loads((found / "state.json").read_text())["settings"]
-    if changed := changed_settings(recorded, recipe):
+    recorded = json.loads((found / "state.json").read_text())
+    changed = changed_settings(recorded["settings"], recipe) + changed_inputs(recorded.get("inputs", {}), inputs)
+    if kept := refused(changed, recipe.resume_allow):
         raise RunError(
-            f"{found} was made under other settings ({'; '.join(changed)}); "
-            "resume with the old ones, or choose another output_dir"
+            f"{found} was made under other settings or from other data ({'; '.join(kept)}); resume with the old ones, "
+            "choose another output_dir, or name in resume_allow what may differ"
         )
+    if changed:
+        reporter.line(f"going on with what resume_allow names: {'; '.join(changed)}")
+    if "inputs" not in recorded:
+        reporter.line(f"{found} does not record its data and model; whether they are the same could not be checked")
     return found
-
-
-def _log_line(trainer: Trainer, reports: list[StepReport], totals: torch.Tensor) -> dict:
-    """One line of log.jsonl over the steps since the last one."""
-    summed = torch.stack([report.sums for report in reports]).sum(0)
-    means = summed[:, 0] / summed[:, 1].clamp_min(1)
-    names = [source.source.name for source in trainer.plan.sources]
-    last, seconds = reports[-1], sum(report.seconds for report in reports)
-    line = {"step": last.step, "tokens": last.tokens, "loss": sum(r.loss for r in reports) / len(reports)}
-    line |= {
-        f"loss/{m}": float(mean) for m, mean, n in zip(("text", "image"), means[:2], summed[:2, 1], strict=True) if n
-    }
-    if trainer.recipe.loss.z:
-        line["loss/z"] = sum(r.z for r in reports) / len(reports)
-    sources = zip(names, means[2:], summed[2:, 1], strict=True)  # apart: a source may well be named text or image
-    line |= {f"loss/source/{name}": float(mean) for name, mean, n in sources if n}
-    shares = totals[2:, 1] / totals[2:, 1].sum().clamp_min(1)
-    line |= {f"share/{name}": round(float(share), 4) for name, share in zip(names, shares, strict=True)}
-    line |= {"lr": last.lr, "grad_norm": last.grad_norm, "seconds": round(seconds, 3)}
-    return line
-
-
-def _append_log(run: Path, line: dict) -> None:
-    with open(run / "log.jsonl", "a", encoding="utf-8") as log:
-        log.write(json.dumps(line) + "\n")
-
-
-def _trim_log(run: Path, step: int) -> None:
-    """Drops lines beyond the step that a run resumes from, so that no step is logged twice."""
-    path = run / "log.jsonl"
-    if path.exists():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(True)
-        kept = [line for line in lines if line.endswith("\n") and _logged_step(line) <= step]
-        if kept != lines:
-            temporary = path.with_name(".log.jsonl.tmp")  # a disk that is full must not cost the log that is there
-            temporary.write_text("".join(kept), encoding="utf-8")
-            temporary.replace(path)
-
-
-def _logged_step(line: str) -> float:
-    """The step of a line; infinity for one that does not parse, as a full disk or a power cut leaves it."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 @contextmanager
@@ -265,6 +248,7 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
     run = Path(recipe.output_dir)
     if run.resolve().is_relative_to(recipe.model.resolve()):
         raise RunError(f"output_dir {run} lies inside the model {recipe.model}; choose a folder outside of it")
+    check_packages(recipe.log)
     keep_freed_memory()
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
@@ -276,8 +260,8 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
                 held.enter_context(run_lock(run))
                 checkpoint.remove_stale(run)
         with ranks.together():
-            bundle = load_bundle(Path(recipe.model), dtype=torch.float32)
-            bundle.model.set_attn_implementation(choose_attention(recipe, torch.cuda.is_available()))
+            bundle = starting_bundle(recipe)
+            bundle.model.set_attn_implementation(choose_attention(recipe))
             context = _context(bundle, recipe)
         mix = recipe.data.mix
         opened = ranks.in_turn(lambda: [open_source(name, one, bundle, reporter.stage) for name, one in mix.items()])
@@ -285,44 +269,72 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
             packed = [PackedSource(s, number, bundle, recipe, context) for number, s in enumerate(opened)]
             adapted = None if recipe.lora is None else adapt(bundle, recipe.lora, recipe.seed)
             plan = Plan(packed, [entry.weight for entry in mix.values()], recipe.data.seed)
+            check_supply(plan, recipe, total_steps(recipe), reporter.line)
+            inputs = inputs_of(bundle, recipe, opened)
         trainer = Trainer(bundle, plan, recipe, accelerator, total_steps(recipe), ranks)
-        _resume(run, recipe, trainer, reporter)
+        check_engine(recipe, trainer.engine.shards, trainer.engine.name)
+        pending = _resume(run, recipe, trainer, reporter, inputs)
         with _told_of(run):
             with ranks.together():
                 if ranks.first:  # not before: a refused run must not replace the record of the one there
                     _prepare(run, recipe, source, trainer)
-                    _trim_log(run, trainer.step)
-            return _train(run, recipe, trainer, reporter, adapted)
+                    trim_log(run, trainer.step)
+                    trim_log(run, trainer.step or -1, RETENTION)  # a fresh run knows nothing of the parents
+            return _train(run, recipe, trainer, reporter, pending, inputs, adapted)
 
 
-def _train(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter, adapted: PeftModel | None) -> Path:
+def _train(
+    run: Path,
+    recipe: FinetuneRecipe,
+    trainer: Trainer,
+    reporter: Reporter,
+    pending: list[StepReport],
+    inputs: dict[str, str],
+    adapted: PeftModel | None,
+) -> Path:
     ranks = trainer.ranks
-    totals = torch.zeros(2 + len(trainer.plan.sources), 2, dtype=torch.float64)
-    pending: list[StepReport] = []
+    with ranks.together():
+        looks = ranks.first and recipe.watch is not None
+        watch = Watch.open(run, trainer, reporter.stage, reporter.line) if looks else None
+    meter = WorkMeter(trainer.bundle, recipe.loss.softmax == "joint")
+    peak = peak_of(recipe, trainer.accelerator.device)
     saved = trainer.step
 
     def save() -> None:
         state = {"tokens": trainer.tokens, "settings": fixed_settings(recipe), "time": time.time()}
+        state |= {"read": trainer.read.tolist(), "inputs": inputs, "pending": tally.to_json(pending)}
+        with ranks.together():
+            if ranks.first and (run / "log.jsonl").exists():
+                sync_path(run / "log.jsonl")  # a step that a checkpoint has behind it is not logged again
         checkpoint.save(run, trainer.step, trainer.bundle.model, trainer.engine, trainer.ema, state, ranks)
         with ranks.together():
             if ranks.first:
                 checkpoint.rotate(run, recipe.save.keep)
 
-    def flush() -> None:
+    def told(step: int, last: bool) -> None:
+        """A look at the model where one is due, and a line of the log."""
         with ranks.together():
-            if pending and ranks.first:
-                _append_log(run, _log_line(trainer, pending, totals))
-        pending.clear()
+            seen = watch.look() if watch is not None and watch.due(step) else None
+            if ranks.first and pending and (seen or last or step % recipe.log.every == 0):
+                line = log_line(trainer, pending, meter.work(), peak) | (seen or {})
+                append_log(run, line)
+                show(line)
+                pending.clear()
+        if not ranks.first:
+            pending.clear()
 
-    with stop_signals() as stop:
+    settings = recipe.model_dump(mode="json")
+    shown = open_boards(run, recipe.log, settings, reporter.line) if ranks.first else nullcontext(lambda line: None)
+    with shown as show, stop_signals() as stop:
         code, wanted = ranks.greatest(stop(), 0)  # what one rank is asked, all do after the same step
         while trainer.step < trainer.steps and not code:
             report = trainer.advance()
-            totals += report.sums
             pending.append(report)
+            flops = meter.work().of(report.counts, report.sums)
+            if peak is not None:
+                report.mfu = utilisation(trainer, flops, report.seconds, peak)
             reporter.step(report)
-            if report.step % recipe.log.every == 0 or report.step == report.steps:
-                flush()
+            told(report.step, report.step == report.steps)
             code, wanted = ranks.greatest(stop(), ranks.first and (run / "SAVE").exists())
             if wanted or (report.step % recipe.save.every == 0 and report.step < report.steps):
                 save()
@@ -330,9 +342,8 @@ def _train(run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Report
             if wanted and ranks.first:
                 (run / "SAVE").unlink(missing_ok=True)
         if code and trainer.step < trainer.steps:
-            flush()
             if saved != trainer.step:
-                save()
+                save()  # with the steps that no line tells of yet
             raise Interrupted(f"stopped at step {trainer.step} of {trainer.steps}; the same command resumes", code)
     if saved != trainer.step or not ranks.told(bool(checkpoint.listed(run))):
         save()

@@ -264,6 +264,11 @@ class Shards:
         number = int(np.searchsorted(self._ends, index, side="right"))
         return self.shards[number].tokens(index - (int(self._ends[number - 1]) if number else 0))
 
+    def where(self, index: int) -> str:
+        """File and place of a document, for errors."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return f"{self.shards[number].path}: document {index}"
+
     def lengths(self) -> np.ndarray:
         """int64 [D]: tokens of every document."""
         return np.concatenate([np.diff(shard.offsets) for shard in self.shards])

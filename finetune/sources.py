@@ -6,28 +6,27 @@ varies between epochs (the wording of a caption) is drawn from a generator keyed
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 from PIL import Image
 
 from finetune import mini_data
-from finetune.readers.lines import parse_line, text_field
-from finetune.readers.media import open_media
+from finetune.code_cache import Progress, encode_cached
+from finetune.readers import FORMS, Context, Media, rows_of
+from finetune.readers.containers import files_of
 from finetune.recipe import Source as SourceRecipe
-from finetune.shards import hash_network, open_shards
-from jam.assets import cache_dir
+from finetune.shards import RECORD, Shards, open_shards
+from jam.assets import DATA
+from jam.digest import sha256_of
 from jam.document import CodesPart, Document, ImagePart, TextPart, from_messages
 from jam.errors import DataError
 from jam.models.load import Bundle
 from jam.tokens.image import ImageTokenizer
 from jam.tokens.render import IMAGE_HEAD, Tokens, render
-
-Progress = Callable[[str, int, int], None]  # what, done, total
+from jam.tokens.vocabulary import IMAGE
 
 
 def keyed(*keys: int) -> np.random.Generator:
@@ -42,6 +41,8 @@ class Source:
     ``make(index, form_draw)`` gives the document, or its tokens where it was rendered before; ``form_draw`` in [0, 1)
     chooses among wordings. ``conditioned``: CM3 and condition drop apply (plain documents; conversations stay causal).
     ``joined``: up to so many documents make one, the last of them being the one asked for.
+    ``skip``: documents left out. ``content``: SHA-256 of what the documents are made from, images included.
+    ``where(index)`` is the file and line of a document, empty where there is none.
     """
 
     name: str
@@ -51,61 +52,18 @@ class Source:
     loss_text: float
     loss_image: float
     joined: int = 1
+    skip: frozenset[int] = frozenset()
+    content: str = ""
+    where: Callable[[int], str] = lambda index: ""
 
     def earlier(self, index: int, draw: float) -> Iterator[Document]:
         """What may be said before a document: 0 to ``joined`` - 1 others, each number as often, none of them twice."""
         generator = keyed(index, int(draw * 2**53))
         count = min(int(generator.integers(self.joined)), self.size - 1)
         for step in generator.permutation(min(self.size - 1, 1 << 16))[:count].tolist():
-            yield self.make((index + 1 + step) % self.size, float(generator.random()))
-
-
-def encode_cached(
-    tokenizer: ImageTokenizer, keys: list[str], open_one: Callable[[int], Image.Image], progress: Progress | None = None
-) -> np.ndarray:
-    """Codes uint16 [N, codes_per_image] of N images, cached by the tokenizer's weights and the images' keys."""
-    fingerprint = hash_network(tokenizer)
-    for key in keys:
-        fingerprint.update(key.encode() + b"\0")
-    path = cache_dir() / f"codes-{fingerprint.hexdigest()[:24]}.npy"
-    if (cached := _read_codes(path, (len(keys), tokenizer.codes_per_image), tokenizer.codebook_size)) is not None:
-        return cached
-    chunks = []
-    for at in range(0, len(keys), 64):
-        chunks.append(tokenizer.encode([open_one(i) for i in range(at, min(at + 64, len(keys)))]).astype(np.uint16))
-        if progress:
-            progress("tokenising images", min(at + 64, len(keys)), len(keys))
-    codes = np.concatenate(chunks) if chunks else np.zeros((0, tokenizer.codes_per_image), np.uint16)
-    _write_codes(path, codes)
-    return codes
-
-
-def _read_codes(path: Path, shape: tuple[int, int], codebook_size: int) -> np.ndarray | None:
-    """Cached codes; None if there are none, or the file is damaged, which a power cut can do: they are made anew."""
-    try:
-        with path.open("rb") as handle:
-            codes = np.lib.format.read_array(handle, allow_pickle=False)  # np.load would also open archives
-    except (FileNotFoundError, EOFError, ValueError, TokenError, MemoryError):  # numpy's ways to say damaged
-        return None
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; the cache must be readable, or set JAM_CACHE to another") from None
-    fits = codes.shape == shape and codes.dtype == np.uint16 and (codes < codebook_size).all()
-    return codes if fits else None
-
-
-def _write_codes(path: Path, codes: np.ndarray) -> None:
-    """Raises DataError, and leaves nothing, when the cache cannot be written."""
-    temporary = path.with_suffix(f".tmp-{os.getpid()}.npy")
-    try:
-        np.save(temporary, codes)
-        temporary.replace(path)
-    except OSError as error:  # numpy reports a full disk without an error number
-        raise DataError(
-            f"{path}: the codes of the images could not be kept ({error.strerror or 'disk full'}); room for "
-            f"{codes.nbytes} bytes is required, free some or set JAM_CACHE to another folder"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+            other, own = (index + 1 + step) % self.size, float(generator.random())
+            if other not in self.skip:
+                yield self.make(other, own)
 
 
 def _image_tokenizer(bundle: Bundle, name: str) -> ImageTokenizer:
@@ -170,83 +128,92 @@ def _mini_conversations(bundle: Bundle, name: str, progress: Progress | None):
     return len(rows), make
 
 
-def _read_lines(path: Path, check: Callable[[dict], object]) -> list:
-    """Applies ``check`` to every JSON line; collects all bad lines before raising."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such data file; give a .jsonl file or 'mini'")
-    good, bad = [], []
-    with open(path, "rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            try:
-                row = parse_line(raw, number)
-                if row is not None:
-                    good.append(check(row))
-            except DataError as error:
-                bad.append(f"{path}:{number}: {error}")
+_READERS = {"text": "text", "captions": "captions", "conversations": "messages"}  # as jam data prepare names them
+_ENCODED = Image.new("RGB", (1, 1))  # stands for pixels that are no longer held
+
+
+def _file_source(recipe: SourceRecipe, bundle: Bundle, name: str, progress: Progress | None) -> Source:
+    """A file or folder by the reader of ``jam data prepare``; images wait at the tokenizer's size, as photographs they
+    would fill the memory."""
+    path = Path(recipe.path)
+    if recipe.kind not in _READERS:
+        raise DataError(f"data.mix.{name}: kind {recipe.kind!r} exists only in the shipped data; set path to 'mini'")
+    if not path.exists():
+        raise DataError(f"{path}: no such data file; give a file of rows, a folder of them, or 'mini'")
+    media = Media(
+        path if path.is_dir() else path.parent, keep=lambda i: i if bundle.image is None else bundle.image.fit(i)
+    )
+    documents, places = _read_rows(path, _READERS[recipe.kind], Context(media))
+    images = [part.image for d in documents for part in d.parts if isinstance(part, ImagePart)]
+    keys = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
+    none = np.zeros((0, 1), np.uint16)
+    codes = encode_cached(_image_tokenizer(bundle, name), keys, images.__getitem__, progress) if images else none
+    counts = [sum(isinstance(part, ImagePart) for part in d.parts) for d in documents]
+    firsts = np.cumsum([0, *counts]).tolist()
+    bare = [
+        Document(tuple(replace(p, image=_ENCODED) if isinstance(p, ImagePart) else p for p in d.parts))
+        for d in documents
+    ]
+
+    def make(index: int, draw: float) -> Document:
+        rows = codes[firsts[index] : firsts[index + 1]].tolist()
+        return bare[index].with_codes(lambda some: [CodesPart(tuple(row)) for row in rows])
+
+    content = hashlib.sha256("".join([*map(sha256_of, files_of(path)), *keys]).encode()).hexdigest()
+    return _of(name, recipe, len(bare), make, content, places.__getitem__)
+
+
+def _read_rows(path: Path, reader: str, context: Context) -> tuple[list[Document], list[str]]:
+    """Every row as a document, and where it stands; collects all bad rows before raising."""
+    good, places, bad = [], [], []
+    for row in rows_of(path):
+        try:
+            fields = row.fields()
+            if fields is not None:
+                good.append(FORMS[reader](fields, context))
+                places.append(row.where)
+        except DataError as error:
+            bad.append(f"{row.where}: {error}")
     if bad:
         more = f"\n... and {len(bad) - 20} more" if len(bad) > 20 else ""
         raise DataError("\n".join(bad[:20]) + more)
     if not good:
-        raise DataError(f"{path}: no documents; at least one line is required")
-    return good
+        raise DataError(f"{path}: no documents; at least one is required")
+    return good, places
 
 
-def _file_source(recipe: SourceRecipe, bundle: Bundle, name: str, progress: Progress | None):
-    path = Path(recipe.path)
-    root = path.parent
+def _shard_source(recipe: SourceRecipe, bundle: Bundle, name: str) -> Source:
+    """A prepared folder. Hashes of its files are the business of ``jam data check``; what is read is looked at."""
+    shards = open_shards(Path(recipe.path))
+    shards.check_model(bundle.path, bundle.vocabulary, bundle.image)
+    kinds = bundle.vocabulary.kinds()
+    content = sha256_of(Path(recipe.path) / RECORD)  # which has the hashes of all the others
+    conditioned = not shards.counts.conversations
+
+    def make(index: int, draw: float) -> Tokens:
+        return _sound(shards, index, kinds)
+
+    return _of(name, recipe, len(shards), make, content, shards.where, conditioned)
+
+
+def _sound(shards: Shards, index: int, kinds: np.ndarray) -> Tokens:
+    """A prepared document. Raises DataError where it is none of this vocabulary: a table would be read beyond its
+    end, or a weight that is no number spoil the run."""
+    tokens = shards.tokens(index)
+    beyond = (tokens.ids < 0) | (tokens.ids >= len(kinds))
+    if not len(tokens) or beyond.any():
+        what = f"id {int(tokens.ids[beyond][0])} of a vocabulary of {len(kinds)}" if len(tokens) else "no tokens"
+    elif not (np.isfinite(tokens.weights).all() and (tokens.weights >= 0).all()):
+        what = "a loss weight that is negative or no number"
+    elif ((tokens.heads == IMAGE_HEAD) < (kinds[tokens.ids] == IMAGE)).any() or (tokens.heads > IMAGE_HEAD).any():
+        what = "a token under the wrong head"
+    else:
+        return tokens
+    raise DataError(f"{shards.where(index)} has {what}; altered since it was written, run jam data check")
+
+
+def _mini_source(recipe: SourceRecipe, bundle: Bundle, name: str, progress: Progress | None) -> Source:
     if recipe.kind == "text":
-        return _text_source(tuple(_read_lines(path, lambda row: text_field(row, "text"))))
-    if recipe.kind == "captions":
-        tokenizer = _image_tokenizer(bundle, name)
-
-        def pair(row: dict) -> tuple[str, Image.Image]:
-            return text_field(row, "caption"), tokenizer.fit(open_media(root, text_field(row, "image")))
-
-        pairs = _read_lines(path, pair)  # at the tokenizer's size: photographs as they are would fill the memory
-        keys = [hashlib.sha256(image.tobytes()).hexdigest() for _, image in pairs]
-        codes = encode_cached(tokenizer, keys, lambda i: pairs[i][1], progress)
-        return len(pairs), lambda index, draw: _caption_document(pairs[index][0], codes[index], False)
-    if recipe.kind == "conversations":
-
-        def opened(file: str) -> Image.Image:
-            image = open_media(root, file)
-            return image if bundle.image is None else bundle.image.fit(image)
-
-        def conversation(row: dict) -> Document:
-            if row.get("images"):  # else they would be lost in silence, and their <image> tags learnt as text
-                raise DataError(
-                    "field 'images' is not read; name each image where it stands: {type: image, path} in content"
-                )
-            document = from_messages(row.get("messages"), opened)
-            if not any(part.loss for part in document.parts):
-                raise DataError("no turn of the assistant, so nothing to learn; add one or remove the line")
-            return document
-
-        documents = _read_lines(path, conversation)
-        images = [part.image for d in documents for part in d.parts if isinstance(part, ImagePart)]
-        keys = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
-        codes = iter(
-            encode_cached(_image_tokenizer(bundle, name), keys, images.__getitem__, progress) if images else ()
-        )
-        ready = [d.with_codes(lambda some: [CodesPart(tuple(next(codes).tolist())) for _ in some]) for d in documents]
-        return len(ready), lambda index, draw: ready[index]
-    raise DataError(f"data.mix.{name}: kind {recipe.kind!r} exists only in the shipped data; set path to 'mini'")
-
-
-def open_source(name: str, recipe: SourceRecipe, bundle: Bundle, progress: Progress | None = None) -> Source:
-    """Reads and checks one entry of ``data.mix``.
-
-    Raises:
-        DataError: bad lines (all of them, with file and line), missing or unreadable images, no documents.
-    """
-    conditioned = recipe.kind != "conversations"
-    if recipe.kind == "shards":
-        shards = open_shards(Path(recipe.path))
-        shards.check_model(bundle.path, bundle.vocabulary, bundle.image)
-        size, make, conditioned = len(shards), lambda index, draw: shards.tokens(index), not shards.counts.conversations
-    elif recipe.path != "mini":
-        size, make = _file_source(recipe, bundle, name, progress)
-    elif recipe.kind == "text":
         size, make = _text_source(mini_data.texts("train"))
     elif recipe.kind == "captions":
         size, make = _mini_captions(bundle, name, progress)
@@ -254,9 +221,44 @@ def open_source(name: str, recipe: SourceRecipe, bundle: Bundle, progress: Progr
         size, make = _mini_scenes(bundle, name, progress, recipe.limit)
     else:
         size, make = _mini_conversations(bundle, name, progress)
-    if recipe.limit is not None:
-        size = min(size, recipe.limit)
-    return Source(name, size, make, conditioned, recipe.loss.text, recipe.loss.image, recipe.joined)
+    content = hashlib.sha256("".join(sha256_of(path) for path in sorted(DATA.glob("*.*"))).encode()).hexdigest()
+    return _of(name, recipe, size, make, content, lambda index: "")
+
+
+def _of(
+    name: str,
+    recipe: SourceRecipe,
+    size: int,
+    make: Callable[[int, float], Document | Tokens],
+    content: str,
+    where: Callable[[int], str],
+    conditioned: bool | None = None,
+) -> Source:
+    """Raises DataError for documents left out that are not there, or all of them."""
+    size = size if recipe.limit is None else min(size, recipe.limit)
+    skip = frozenset(recipe.skip)
+    if skip and max(skip) >= size:
+        raise DataError(
+            f"data.mix.{name}: skip names document {max(skip)} of {size:,}, which are counted from 0; remove it"
+        )
+    if len(skip) == size:
+        raise DataError(f"data.mix.{name}: skip names every document; one is required, remove the source instead")
+    if conditioned is None:
+        conditioned = recipe.kind != "conversations"
+    weights = recipe.loss
+    return Source(name, size, make, conditioned, weights.text, weights.image, recipe.joined, skip, content, where)
+
+
+def open_source(name: str, recipe: SourceRecipe, bundle: Bundle, progress: Progress | None = None) -> Source:
+    """Reads and checks one entry of ``data.mix``.
+
+    Raises:
+        DataError: bad rows (all of them, with file and line), missing or unreadable images, no documents.
+    """
+    if recipe.kind == "shards":
+        return _shard_source(recipe, bundle, name)
+    read = _mini_source if recipe.path == "mini" else _file_source
+    return read(recipe, bundle, name, progress)
 
 
 def _rendered(source: Source, bundle: Bundle, document: Document, index: int, draw: float, seq_len: int) -> Tokens:
@@ -273,7 +275,18 @@ def _rendered(source: Source, bundle: Bundle, document: Document, index: int, dr
 
 
 def pieces(source: Source, bundle: Bundle, index: int, draw: float, seq_len: int) -> list[Tokens]:
-    """Document ``index`` as tokens, in pieces of at most ``seq_len``; only text is ever cut.
+    """Document ``index`` as tokens, in pieces of at most ``seq_len``; errors as :func:`cut`."""
+    return list(cut(source, bundle, index, draw, seq_len, lambda: 0))
+
+
+def cut(
+    source: Source, bundle: Bundle, index: int, draw: float, seq_len: int, growth: Callable[[], int]
+) -> Iterator[Tokens]:
+    """Document ``index`` as tokens, in pieces that leave room to grow within ``seq_len``; only text is ever cut.
+
+    Args:
+        growth: asked before each piece how many tokens it will grow by; a piece keeps half of ``seq_len`` whatever it
+            says, as one with images keeps all.
 
     Raises:
         DataError: a document with images is longer than ``seq_len``.
@@ -282,16 +295,24 @@ def pieces(source: Source, bundle: Bundle, index: int, draw: float, seq_len: int
     tokens = made if isinstance(made, Tokens) else _rendered(source, bundle, made, index, draw, seq_len)
     factors = np.where(tokens.heads == IMAGE_HEAD, source.loss_image, source.loss_text).astype(np.float32)
     tokens = Tokens(tokens.ids, tokens.heads, tokens.weights * factors, tokens.segments)
-    if len(tokens) <= seq_len:
-        return [tokens]
-    if (tokens.heads == IMAGE_HEAD).any():
+    limit = seq_len - min(growth(), seq_len // 2)
+    whole = bool((tokens.heads == IMAGE_HEAD).any())
+    if len(tokens) <= (seq_len if whole else limit):
+        yield tokens
+        return
+    if whole:
         raise DataError(
             f"data.mix.{source.name}: document {index} has {len(tokens)} tokens with its images; "
             f"data.seq_len {seq_len} must hold it whole, raise data.seq_len"
         )
-    bos = tokens.ids[:1]
-    body = range(1, len(tokens), seq_len - 1)  # every later piece starts with <s> again and loses no token
-    return [_with_bos(tokens, at, min(at + seq_len - 1, len(tokens)), bos) for at in body]
+    bos, at = tokens.ids[:1], 1  # every later piece starts with <s> again and loses no token
+    while True:
+        stop = min(at + limit - 1, len(tokens))
+        stop -= stop == len(tokens) - 1 and stop > at + 1  # </s> alone would be learnt as an empty document
+        yield _with_bos(tokens, at, stop, bos)
+        if stop == len(tokens):
+            return
+        at, limit = stop, seq_len - min(growth(), seq_len // 2)
 
 
 def _with_bos(tokens: Tokens, start: int, stop: int, bos: np.ndarray) -> Tokens:

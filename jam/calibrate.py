@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from finetune.held_out import held_out_captions, held_out_texts, spread
 from finetune.recipe import Source as SourceRecipe
 from finetune.sources import open_source
 from jam import __version__, assets
 from jam.checkpoint import write_json
-from jam.demo_samples import held_out_captions, held_out_texts, spread
 from jam.document import Document, TextPart
 from jam.errors import DataError, MergeError
 from jam.evaluate.statistics import Fit, Moments, fit, norm_inputs, side_by_side

@@ -37,7 +37,7 @@ app.add_typer(data_app, name="data")
 
 
 # the same words as the modules have that these come to, which load torch; a test holds them equal
-Method = Literal["uniform", "width", "cross"]
+Method = Literal["uniform", "width", "cross", "extend"]
 Mode = Literal["interleaved", "text", "image", "free"]
 Rank = Literal["likelihood", "ratio"]
 Numbers = Literal["auto", "float32", "bfloat16", "float16"]

@@ -78,6 +78,7 @@ class Document:
 def from_messages(messages: object, open_image: Callable[[str], Image | tuple[int, ...]]) -> Document:
     """Messages (OpenAI / TRL parts) to a document: loss 1 on what the assistant says, text and images alike, else 0.
 
+    ``weight`` of a message (OpenAI's key) or of one of its parts is the loss there instead, from 0 to 1000.
     ``open_image`` turns a path into pixels, or into codes where they are known already. ``content`` is a string, or a
     list of ``{"type": "text", "text": ...}`` and ``{"type": "image", "path": ...}``.
 
@@ -92,12 +93,13 @@ def from_messages(messages: object, open_image: Callable[[str], Image | tuple[in
         if not isinstance(message, dict) or message.get("role") not in ("user", "assistant"):
             raise DataError(f"{where}: expected a mapping with role 'user' or 'assistant'; mend or remove this turn")
         role: Role = message["role"]
-        loss = 1.0 if role == "assistant" else 0.0
+        said = _weight(message, 1.0 if role == "assistant" else 0.0, where)
         content = message.get("content")
         blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(blocks, list) or not blocks:
             raise DataError(f"{where}.content: expected text or a non-empty list of parts; give this turn content")
         for index, block in enumerate(blocks):
+            loss = _weight(block, said, f"{where}.content[{index}]") if isinstance(block, dict) else said
             match block:
                 case {"type": "text", "text": str(text)}:
                     parts.append(TextPart(text, role, loss))
@@ -108,6 +110,16 @@ def from_messages(messages: object, open_image: Callable[[str], Image | tuple[in
                 case _:
                     raise DataError(f"{where}.content[{index}]: expected {{type: text, text}} or {{type: image, path}}")
     return Document(tuple(parts))
+
+
+def _weight(raw: dict, default: float, where: str) -> float:
+    """Raises DataError for a weight that is no number from 0 to 1000."""
+    found = raw.get("weight")
+    if found is None:
+        return default
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= 1000:
+        raise DataError(f"{where}.weight is {found!r:.40}; a number from 0 to 1000 is required, mend or remove it")
+    return float(found)
 
 
 def user_turn(text: str, images: Sequence[Image], images_first: bool = True) -> tuple[Part, ...]:

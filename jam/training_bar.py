@@ -57,7 +57,7 @@ class TrainingBar(Reporter):
         self._draw(what, done, total, "")
 
     def step(self, report: StepReport) -> None:
-        """Draw one optimizer step, with smoothed losses by modality (nats per token) and tokens per second."""
+        """Draw one optimizer step, with smoothed losses by modality (nats per token), tokens a second and known MFU."""
         for row, modality in enumerate(("text", "image")):
             nats, count = report.sums[row].tolist()
             if count:
@@ -65,10 +65,10 @@ class TrainingBar(Reporter):
         if self.tokens is not None and report.seconds > 0:  # the first step of a run tells no difference
             self._smooth("tokens/s", (report.tokens - self.tokens) / report.seconds)
         self.tokens = report.tokens
-        parts = [
-            f"{name} {value:.0f}" if name == "tokens/s" else f"{name} {value:.3f}"
-            for name, value in self.figures.items()
-        ]
+        if report.mfu is not None:
+            self._smooth("mfu", report.mfu)
+        shown = {"text": ".3f", "image": ".3f", "tokens/s": ".0f", "mfu": ".1%"}
+        parts = [f"{name} {self.figures[name]:{form}}" for name, form in shown.items() if name in self.figures]
         figures = "  ".join(parts)
         self._draw("training", report.step, report.steps, figures)
         if not self.console.is_terminal and (report.step % self.every == 0 or report.step == report.steps):

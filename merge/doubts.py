@@ -28,23 +28,25 @@ def doubts(pair: Pair, method: str) -> list[str]:
         if text.sizes.positions != image.sizes.positions:
             fewer = min(text.sizes.positions, image.sizes.positions)
             found.append(f"positions are {text.sizes.positions} and {image.sizes.positions}: the result has {fewer}")
-    else:
+    elif method == "cross":
         for key in ("rope", "rms_norm_eps"):
             if all(key in side.family.alike for side in pair.sides):
                 ours, theirs = (trait(side.config, key, f"{side.path}/config.json") for side in pair.sides)
                 if ours != theirs:
                     found.append(f"{key} is {ours!r} and {theirs!r}: each tower keeps its own")
     context, theirs = text.sizes.positions, image.sizes.positions
+    if method == "extend":
+        theirs = context  # the image parent's network is no part of the result
     framed, codes = image.vocabulary.framed, image.vocabulary.codes_per_image
     least = codes + FRAME + (math.isqrt(codes) if framed else 0)
     if method == "cross" and context != theirs:
         found.append(f"positions are {context} and {theirs}: the result's context is {min(context, theirs)}")
     if min(context, theirs) < least:
-        whose = "image parent has" if theirs < least else "result has"
+        whose = "image parent has" if theirs < least and method != "extend" else "result has"
         fits = "no square of that size fits, smaller images do" if framed else "no whole image fits"
         around = "its two controls and row ends" if framed else "its two controls"
         found.append(f"an image takes {least} positions with {around}, and the {whose} {min(context, theirs)}: {fits}")
-    if text.checkpoint.dtypes != image.checkpoint.dtypes:
+    if method != "extend" and text.checkpoint.dtypes != image.checkpoint.dtypes:
         ours, theirs = (", ".join(side.checkpoint.dtypes) for side in pair.sides)
         found.append(f"stored as {ours} and {theirs}: the coarser one's rounding stays in the result")
     return found

@@ -146,6 +146,20 @@ class CrossSection(Section):
         return self
 
 
+NewRow = Literal["mean", "normal", "parent", "zero"]
+
+
+class ExtendSection(Section):
+    """The text parent alone, with rows for the image parent's codes."""
+
+    table: NewRow = Field(
+        "normal",
+        description="new rows of the table, and of a head that is the table: mean of the old ones; normal around it "
+        "with their deviation, column by column; parent: the image parent's, of one width; zero",
+    )
+    head: NewRow | None = Field(None, description="new rows of a head of its own; null is as the table")
+
+
 class MergeRecipe(Recipe):
     """Fuse a text model and an image model into one checkpoint folder. Paths are relative to the working directory."""
 
@@ -173,8 +187,8 @@ class MergeRecipe(Recipe):
     }
 
     kind: Literal["merge"] = Field("merge", description="the schema that this file follows")
-    method: Literal["uniform", "width", "cross"] = Field(
-        description="uniform, width or cross; run jam inspect to see which fit"
+    method: Literal["uniform", "width", "cross", "extend"] = Field(
+        description="uniform, width, cross or extend; run jam inspect to see which fit"
     )
     text: Path | None = Field(None, description="folder of the text parent; null is the shipped mini text model")
     image: Path | None = Field(None, description="folder of the image parent; null is the shipped mini image model")
@@ -185,7 +199,7 @@ class MergeRecipe(Recipe):
     )
     out: Path = Field(description="folder to write, which must not exist or be empty")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="type of the written tensors")
-    seed: int = Field(0, ge=0, description="seed of newly made weights (cross blocks) and of what dare draws")
+    seed: int = Field(0, ge=0, description="seed of newly made weights (cross blocks, rows) and of what dare draws")
     hash: bool = Field(
         False, description="record the SHA-256 of every file read or written, but report.json and merge.yaml"
     )
@@ -197,10 +211,11 @@ class MergeRecipe(Recipe):
     uniform: UniformSection = Field(UniformSection(), description="choices of the uniform method")
     width: WidthSection = Field(WidthSection(), description="choices of the width method")
     cross: CrossSection = Field(CrossSection(), description="choices of the cross method")
+    extend: ExtendSection = Field(ExtendSection(), description="choices of the extend method")
 
     @model_validator(mode="after")
     def _no_ignored_section(self) -> "MergeRecipe":
-        sections: dict[str, Section] = {"uniform": self.uniform, "width": self.width, "cross": self.cross}
+        sections: dict[str, Section] = {name: getattr(self, name) for name in ("uniform", "width", "cross", "extend")}
         for name, section in sections.items():
             if name != self.method and section != type(section)():
                 raise ValueError(

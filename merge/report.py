@@ -65,6 +65,8 @@ def input_fates(plan: Plan, parent: Parent) -> dict[str, str]:
     for name, info in parent.checkpoint.tensors.items():
         if name in used:
             fates[info.name] = f"to {', '.join(used[name])}"
+        elif plan.method == "extend" and parent.side == "image":
+            fates[info.name] = "left out: the vocabulary and the image tokenizer alone are taken"
         elif name in parent.axes:
             fates[info.name] = "left out: a shared table and head take its place"
         elif name == HEAD:
@@ -89,7 +91,8 @@ def compact_json(value: dict) -> str:
 
 def model_card(plan: Plan, pair: Pair, doubtful: list[str]) -> str:
     """README.md of the result; ``doubtful`` is what ``doubts`` found."""
-    automatic = plan.method != "cross" and pair.image.family.automatic
+    owner = pair.text if plan.method == "extend" else pair.image
+    automatic = plan.method != "cross" and owner.family.automatic
     load = "AutoModelForCausalLM.from_pretrained(folder)" if automatic else "jam.models.load.load_bundle(Path(folder))"
     lines = ["---", "library_name: transformers", "pipeline_tag: any-to-any", "tags: [jam, merge]", "---", ""]
     lines += [f"# {plan.method} merge", ""]

@@ -3,7 +3,7 @@
 ``merge.union`` says where a parent has a row for an id; a method decides here what stands where a parent has none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -91,16 +91,28 @@ class Table:
     def mean(self) -> np.ndarray:
         """float32 [width], summed in float64 row by row, so that no machine orders the sum differently."""
         if self._mean is None:
-            shape = self.parent.shape(self.tensor)
-            trained = owned(self.parent.vocabulary, shape[0])
-            if (pad := self.parent.vocabulary.controls.get("pad")) is not None:
-                trained[pad] = False
-            total = np.zeros(shape[1], np.float64)
-            for block in row_blocks(shape):
-                rows = self.parent.checkpoint.read(self.tensor, block)
-                total += np.add.reduce(rows[trained[block]], axis=0, dtype=np.float64)
-            self._mean = (total / max(1, int(trained.sum()))).astype(np.float32)
+            total, count = self._summed(lambda rows: rows)
+            self._mean = (total / max(1, count)).astype(np.float32)
         return self._mean
+
+    @cached_property
+    def spread(self) -> np.ndarray:
+        """float32 [width], the standard deviation of each column around the mean, summed as that is."""
+        mean = self.mean().astype(np.float64)
+        total, count = self._summed(lambda rows: np.square(rows - mean))
+        return np.sqrt(total / max(1, count)).astype(np.float32)
+
+    def _summed(self, term: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, int]:
+        """float64 [width], the sum of a function of the rows that the parent trained, and their number."""
+        shape = self.parent.shape(self.tensor)
+        trained = owned(self.parent.vocabulary, shape[0])
+        if (pad := self.parent.vocabulary.controls.get("pad")) is not None:
+            trained[pad] = False
+        total = np.zeros(shape[1], np.float64)
+        for block in row_blocks(shape):
+            rows = self.parent.checkpoint.read(self.tensor, block)
+            total += np.add.reduce(term(rows[trained[block]]), axis=0, dtype=np.float64)
+        return total, int(trained.sum())
 
 
 def _runs(rows: np.ndarray) -> list[tuple[int, int, int]]:

@@ -30,7 +30,8 @@ from jam.journal import JOURNAL, check_parents
 from jam.memory import keep_freed_memory
 from jam.recipe import dump_recipe
 from jam.shards import ShardWriter, TensorSpec, check_output
-from merge import cross, uniform, width
+from merge import cross, extend, uniform, width
+from merge.codes_alone import is_tokenizer, tokenizer_parent
 from merge.doubts import doubts
 from merge.forecast import forecast
 from merge.image_network import FOLDER
@@ -65,6 +66,7 @@ METHODS: dict[str, Method] = {
     "uniform": Method(uniform.obstacles, uniform.plan),
     "width": Method(width.obstacles, width.plan),
     "cross": Method(cross.obstacles, cross.plan),
+    "extend": Method(extend.obstacles, extend.plan),
 }
 
 
@@ -214,15 +216,20 @@ def plan_key(plan: Plan, inputs: dict[str, Files], recipe: MergeRecipe) -> str:
 
 def make_plan(recipe: MergeRecipe) -> tuple[Plan, Pair]:
     """Read the parents' headers and plan. Raises MergeError naming the methods that would work instead."""
-    pair = Pair(
-        read_parent(recipe.text or assets.TEXT_PARENT, "text"),
-        read_parent(recipe.image or assets.IMAGE_PARENT, "image", recipe.image_tokenizer),
-    )
+    pair = Pair(read_parent(recipe.text or assets.TEXT_PARENT, "text"), _image_parent(recipe))
     method = METHODS[recipe.method]
     if reasons := method.obstacles(pair, recipe):
         raise MergeError(f"{recipe.method} merge: {_refusal(reasons, pair, recipe)}")
     plan = method.plan(pair, recipe)
     return replace(plan, notes=(*plan.notes, *pair.image.notes)), pair
+
+
+def _image_parent(recipe: MergeRecipe) -> Parent:
+    """The image parent; an extension needs no more of one than its image tokenizer."""
+    folder = recipe.image or assets.IMAGE_PARENT
+    if recipe.method == "extend" and recipe.image_tokenizer is None and is_tokenizer(folder):
+        return tokenizer_parent(folder)
+    return read_parent(folder, "image", recipe.image_tokenizer)
 
 
 def _refusal(reasons: list[str], pair: Pair, recipe: MergeRecipe) -> str:

@@ -120,7 +120,7 @@ def joint_jam_file(pair: Pair, method: str) -> JamFile:
     tokenizer = None if image.network is None else FOLDER
     fusion = {"method": method, "text": pair.text.family.model_type, "image": image.family.model_type}
     sampling = image.jam.sampling
-    if method == "cross":  # the text parent's own tower writes the text, in its own manner
+    if method in ("cross", "extend"):  # the text parent's own network writes the text, in its own manner
         sampling = {name: value for name, value in sampling.items() if not name.startswith("text_")}
         sampling |= {name: value for name, value in pair.text.jam.sampling.items() if name.startswith("text_")}
     return JamFile(pair.union.vocabulary, tokenizer, image.jam.unconditional, fusion, sampling)

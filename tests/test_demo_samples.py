@@ -1,26 +1,12 @@
-"""What the demo holds out, shows and chooses: fixed, spread, and never from the training split."""
+"""What the demo holds out, shows and chooses: fixed, spread."""
 
 from pathlib import Path
 
 from finetune import mini_data
+from finetune.held_out import spread
 from jam.demo import choose, train_recipe
 from jam.demo_bench import Settings
-from jam.demo_samples import held_out_captions, held_out_pictures, held_out_questions, held_out_texts, spread
-from jam.document import CodesPart, TextPart
-from jam.tokens.image import ImageTokenizer
-from tests.tiny import tiny_pair
-
-
-def test_pictures_are_of_different_labels_and_held_out():
-    for split in ("combination", "label"):
-        rows = held_out_pictures(split, 8)
-        assert len({row["label"] for row in rows}) == 8
-        assert {row["split"] for row in rows} == {split}
-        assert len({row["style"] for row in rows}) > 1
-        assert rows == held_out_pictures(split, 8)
-    trained = {row["label"] for row in mini_data.image_rows() if row["split"] == "train"}
-    assert not {row["label"] for row in held_out_pictures("label", 8)} & trained
-    assert {row["label"] for row in held_out_pictures("combination", 8)} <= trained
+from jam.demo_samples import held_out_questions
 
 
 def test_questions_are_held_out_and_show_every_kind_of_turn():
@@ -33,23 +19,6 @@ def test_questions_are_held_out_and_show_every_kind_of_turn():
     trained = {row["messages"][0]["content"][0].get("text") for row in mini_data.conversations("train")}
     texts = [m["content"][0].get("text") for m, row in zip(asked, rows, strict=True) if row["kind"] != "what-is-this"]
     assert texts and not set(texts) & trained
-
-
-def test_texts_are_of_their_split_and_about_the_asked_size():
-    validation, test = held_out_texts("validation", 20_000), held_out_texts("test", 20_000)
-    assert set(validation) <= set(mini_data.texts("validation")) and set(test) <= set(mini_data.texts("test"))
-    assert not set(validation) & set(test)
-    assert all(10_000 < sum(len(text.encode()) for text in texts) < 40_000 for texts in (validation, test))
-
-
-def test_captions_of_the_test_split_hold_both_kinds(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAM_CACHE", str(tmp_path / "cache"))
-    _, image = tiny_pair(tmp_path)
-    tokenizer = ImageTokenizer.load(image / "image_tokenizer")
-    documents = held_out_captions("test", 6, tokenizer)
-    captions = {mini_data.caption_for(row): row["split"] for row in mini_data.image_rows()}
-    assert all(isinstance(d.parts[0], TextPart) and isinstance(d.parts[1], CodesPart) for d in documents)
-    assert sorted(captions[d.parts[0].text] for d in documents) == ["combination"] * 3 + ["label"] * 3
 
 
 def test_the_rule_takes_the_lowest_sum_of_relative_increases():

@@ -39,3 +39,11 @@ def test_a_terminal_gets_a_bar_with_the_time_left() -> None:
     drawn = shown(True, [report(step) for step in range(1, 7)])
     assert "training" in drawn and "6/6" in drawn and "left" in drawn
     assert "step 2/6" not in drawn
+
+
+def test_the_mfu_is_shown_where_it_is_known() -> None:
+    known = report(2)
+    known.mfu = 0.4321
+    (line,) = shown(False, [known]).splitlines()[1:]
+    assert "mfu 43.2%  lr" in line
+    assert "mfu" not in shown(False, [report(2)])

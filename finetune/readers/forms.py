@@ -117,6 +117,7 @@ def _turn(turn: dict, where: str) -> dict:
         raise DataError(f"{where}: expected text or a non-empty list of parts; give this turn content")
     parts: list[dict] = []
     for index, block in enumerate(blocks):
+        before = len(parts)
         match block:
             case {"type": "text", "text": str(words)}:
                 parts += _split(words)
@@ -129,7 +130,9 @@ def _turn(turn: dict, where: str) -> dict:
                 parts.append({"type": "image", "image": block[keys[0]] if keys else None})
             case _:
                 raise DataError(f"{where}.content[{index}]: expected {{type: text, text}} or {{type: image, path}}")
-    return {"role": role, "content": parts}
+        if block.get("weight") is not None:
+            parts[before:] = [part | {"weight": block["weight"]} for part in parts[before:]]
+    return {"role": role, "content": parts, "weight": turn.get("weight")}
 
 
 def _split(words: str) -> list[dict]:

@@ -35,6 +35,7 @@ from jam.models.cpu import pack
 from jam.models.families import FAMILIES
 from jam.models.heads import allowed_ids, restrict
 from jam.models.masks import cache_for, default_positions, masks_for
+from jam.models.packed import Documents
 from jam.models.readout import Readout, readout
 from jam.models.tower import OPT_TP_PLAN, network_class
 from jam.tokens.belong import check_tokenizers
@@ -110,6 +111,7 @@ class Bundle:
         past_key_values: Cache | None = None,
         use_cache: bool = False,
         softmax: Softmax = "restricted",
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Cache | None]:
         """Scores [B, T, V] of the token after each position, and the cache.
 
@@ -123,6 +125,7 @@ class Bundle:
             past_key_values: with ``use_cache`` and None, a new growing cache is made.
             softmax: "restricted" gives the ids that the position's head does not own the lowest finite value; "joint"
                 leaves one softmax over all ids (models with one table only).
+            documents: those of packed rows, for a network whose attention reads them, beside ``NO_MASK``.
 
         Raises:
             GenerationError: "joint" of a model with two heads.
@@ -142,6 +145,8 @@ class Bundle:
             "past_key_values": past_key_values,
             "use_cache": use_cache,
         }
+        if documents is not None:
+            inputs["documents"] = documents
         if isinstance(self.model, cross.JamCrossForCausalLM):
             if softmax == "joint" and config.tables == "separate":
                 raise GenerationError(

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
+from finetune.scratch import CM3LEON_STD, cm3leon_weights
 from jam.assets import MINI
 from jam.tokens.vocabulary import JamFile, Span, Vocabulary
 from jam.tokens.vq import VQModel
@@ -48,22 +49,9 @@ def config(vocab_size: int) -> OPTConfig:
     )
 
 
-@torch.no_grad()
-def initialise(model: OPTForCausalLM, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("out_proj.weight", "fc2.weight")):
-            parameter.zero_()
-        elif "embed_positions" in name:
-            parameter.normal_(std=0.0002, generator=generator)
-        else:
-            torch.nn.init.trunc_normal_(parameter, std=0.006, a=-0.018, b=0.018, generator=generator)
-    model.get_input_embeddings().weight[model.config.pad_token_id].zero_()
-
-
 def write(folder: Path, vocabulary: Vocabulary, vq: Path | None, seed: int) -> None:
     model = OPTForCausalLM(config(vocabulary.size))
-    initialise(model, seed)
+    cm3leon_weights(model, CM3LEON_STD, seed)
     model.to(torch.bfloat16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(MINI / "tokenizer" / name, folder / name)

@@ -157,11 +157,51 @@ def test_a_conversation_without_an_answer_is_refused(tmp_path, bundle):
         source("conversations", write(tmp_path / "d.jsonl", rows), bundle)
 
 
-def test_images_beside_the_messages_are_refused_and_not_lost(tmp_path, bundle):
-    turns = [{"role": "user", "content": "draw"}, {"role": "assistant", "content": "<image>"}]
-    rows = [{"messages": turns, "images": ["a.png"]}]
-    with pytest.raises(DataError, match=r"d\.jsonl:1: field 'images' is not read"):
-        source("conversations", write(tmp_path / "d.jsonl", rows), bundle)
+def test_images_beside_the_messages_take_their_places(tmp_path, bundle):
+    """As jam data prepare reads them; they were once refused here."""
+    picture(tmp_path / "a.png")
+    turns = [{"role": "user", "content": "draw"}, {"role": "assistant", "content": "here <image>"}]
+    rows = [{"messages": turns, "images": ["a.png"]}, {"messages": [turns[0], {"role": "assistant", "content": "no"}]}]
+    rows += [{"image": "a.png", "conversations": [{"from": "gpt", "value": "<image>"}]}]
+    talk = source("conversations", write(tmp_path / "d.jsonl", rows), bundle)
+    kinds = [[type(part) for part in talk.make(index, 0.0).parts] for index in range(3)]
+    assert kinds == [[TextPart, TextPart, CodesPart], [TextPart, TextPart], [CodesPart]]
+    assert talk.make(0, 0.0).parts[-1].codes == talk.make(2, 0.5).parts[0].codes
+    assert [talk.where(index) for index in range(3)] == [f"{tmp_path}/d.jsonl:{line}" for line in (1, 2, 3)]
+    for bad, images in (("<image> <image>", ["a.png"]), ("<image>", [])):
+        rows = [{"messages": [turns[0], {"role": "assistant", "content": bad}], "images": images}]
+        with pytest.raises(DataError, match=r"d\.jsonl:1: \d places for images .* and \d images"):
+            source("conversations", write(tmp_path / "d.jsonl", rows), bundle)
+
+
+def test_a_recipe_reads_folders_and_tables_too(tmp_path, bundle):
+    (tmp_path / "folder").mkdir()
+    picture(tmp_path / "folder/a.png")
+    (tmp_path / "folder/metadata.csv").write_text("file_name,text\na.png,a red thing\n")
+    mine = source("captions", tmp_path / "folder", bundle)
+    assert mine.make(0, 0.0).parts[0] == TextPart("a red thing") and mine.where(0).endswith("metadata.csv:2")
+    (tmp_path / "t.txt").write_text("one\n\ntwo\n")
+    lines = source("text", tmp_path / "t.txt", bundle)
+    assert lines.size == 2 and lines.where(1) == f"{tmp_path}/t.txt:3"
+
+
+def test_the_content_of_a_source_is_its_files_and_its_pictures(tmp_path, bundle):
+    rows = write(tmp_path / "c.jsonl", [{"image": picture(tmp_path / "a.png"), "caption": "x"}])
+    first = source("captions", rows, bundle).content
+    assert first == source("captions", rows, bundle).content and len(first) == 64
+    Image.effect_noise((20, 12), 90).convert("RGB").save(tmp_path / "a.png")
+    repainted = source("captions", rows, bundle).content
+    write(rows, [{"image": "a.png", "caption": "y"}])
+    assert len({first, repainted, source("captions", rows, bundle).content}) == 3
+
+
+def test_documents_are_left_out_by_number(tmp_path, bundle):
+    path = write(tmp_path / "t.jsonl", [{"text": f"line {number}"} for number in range(5)])
+    assert source("text", path, bundle, skip=(1, 3)).skip == {1, 3}
+    with pytest.raises(DataError, match="skip names document 5 of 5"):
+        source("text", path, bundle, skip=(5,))
+    with pytest.raises(DataError, match="skip names every document"):
+        source("text", path, bundle, skip=(0, 1), limit=2)
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_mistakes(tmp_path, bundle):

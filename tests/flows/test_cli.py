@@ -133,14 +133,15 @@ def test_check_reports_everything_at_once(recipe: Path, capsys: pytest.CaptureFi
 
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipe", "schema", "merge"]) == 0
-    assert json.loads(capsys.readouterr().out)["properties"]["method"]["enum"] == ["uniform", "width", "cross"]
+    methods = json.loads(capsys.readouterr().out)["properties"]["method"]["enum"]
+    assert methods == ["uniform", "width", "cross", "extend"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["merge"], ["command line: method: not given", "command line: out: not given"]),
-        (["merge", "--out", "o"], ["command line: method: not given; required: uniform, width or cross"]),
+        (["merge", "--out", "o"], ["command line: method: not given; required: uniform, width, cross or extend"]),
         (
             ["merge", "--method", "cross", "--out", "a: b", "cros.every=3"],
             ['override "cros.every=3": cros: unknown key; did you mean "cross"?'],

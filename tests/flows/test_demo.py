@@ -112,7 +112,7 @@ def test_demo_stops_twice_and_goes_on(tiny_world, monkeypatch, capsys):
     merged = {path: path.stat().st_mtime_ns for path in (out / "merged").rglob("*.safetensors")}
     assert not (out / "report.html").exists()
 
-    real_log = finetune_run._append_log
+    real_log = finetune_run.append_log
 
     def stop_width(run: Path, line: dict) -> None:
         real_log(run, line)
@@ -121,7 +121,7 @@ def test_demo_stops_twice_and_goes_on(tiny_world, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(demo_samples, "held_out_losses", lambda *args: calls.append(args[0].name) or real_losses(*args))
-        patch.setattr(finetune_run, "_append_log", stop_width)
+        patch.setattr(finetune_run, "append_log", stop_width)
         assert main(command) == 130
     assert (out / "results" / "train-uniform.json").exists() and not (out / "results" / "train-width.json").exists()
     assert steps_logged(out / "train" / "width") == [1, 2]

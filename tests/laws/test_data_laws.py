@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.cm3 import caption_span, draw_spans, mask_spans, segment_bounds, transform, unmask
+from finetune.cm3 import caption_span, draw_instance, draw_spans, infilled, mask_spans, segment_bounds, unmask
 from finetune.order import BLOCK, PackedSource, Plan, quotas
 from finetune.pack import Placed, best_fit, collate, noisy_codes
-from finetune.recipe import FinetuneRecipe
+from finetune.recipe import FinetuneRecipe, ObjectiveSection
 from finetune.sources import keyed, open_source
 from jam.document import CodesPart, Document, TextPart
 from jam.errors import DataError
@@ -62,9 +62,9 @@ def test_cm3_never_outgrows_its_room():
     tokens = tokens_of(0)
     for seed in range(100):
         room = len(tokens) + seed % 4
-        result = transform(
-            tokens, keyed(seed), VOCABULARY, share=1.0, condition_drop=0.3, mode="poisson", clamp_min=1, room=room
-        )
+        generator = keyed(seed)
+        instance = draw_instance(generator, ObjectiveSection(cm3=1.0, condition_drop=0.3))
+        result = infilled(tokens, instance, generator, VOCABULARY, room)
         assert len(result) <= room
         assert np.array_equal(unmask(result.ids, VOCABULARY), tokens.ids)
 

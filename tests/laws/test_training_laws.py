@@ -159,7 +159,7 @@ def test_a_disk_that_fills_under_the_log_is_one_line(tmp_path, monkeypatch):
     def full(run, line):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("finetune.run._append_log", full)
+    monkeypatch.setattr("finetune.run.append_log", full)
     with pytest.raises(RunError, match=r"run: could not be written \(No space left on device\)"):
         run_finetune(recipe_for(tmp_path))
 
@@ -276,7 +276,7 @@ def test_a_setting_newer_than_the_checkpoint_had_its_default_and_an_older_one_is
     assert changed_settings(recorded, recipe) == [f"optim.lr: was 7.0, is {recipe.optim.lr}"]
     recorded["optim"]["lr"] = recipe.optim.lr
     assert changed_settings({key: recorded[key] for key in recorded if key != "order"}, recipe) == [
-        "order: was shuffled, is feistel"
+        "order: was shuffled, is feistel, cut for CM3"
     ]
     recorded["objective"]["gone"] = 1
     assert "objective.gone: was 1, is None" in changed_settings(recorded, recipe)

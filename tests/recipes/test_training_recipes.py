@@ -1,52 +1,24 @@
 """The training recipes on tiny networks: each trains exactly what it says."""
 
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from peft import PeftModel
-from PIL import Image
 
 from finetune.recipe import FinetuneRecipe
-from finetune.run import run_finetune
 from jam.layouts.chameleon import chameleon_vocabulary
 from jam.models.load import load_bundle
 from jam.recipe import load_recipe
 from tests.laws.test_training_laws import final_weights
 from tests.layouts.test_chameleon import release
+from tests.recipes.runs import RECIPES, train
 from tests.tiny import tiny_pair
 from tests.tiny_cross import tiny_cross
-
-RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture(autouse=True)
 def fresh_precision(monkeypatch):
     monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # which remembers a process's precision
-
-
-def train(name: str, model: Path, tmp_path: Path, *overrides: str) -> Path:
-    """Three steps of a recipe as it stands, but for model, length and files."""
-    pictures = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
-    rows: dict[str, list[dict]] = {"text": [], "captions": [], "conversations": []}
-    for number, pixels in enumerate(pictures):
-        file = f"{number}.png"
-        Image.fromarray(pixels).save(tmp_path / file)
-        picture = [{"type": "image", "path": file}]
-        turns = [{"role": "user", "content": "Draw a cat."}, {"role": "assistant", "content": picture}]
-        rows["text"].append({"text": f"line {number} of the red cat"})
-        rows["captions"].append({"image": file, "caption": f"the red cat {number}"})
-        rows["conversations"].append({"messages": turns})
-    changes = [f"model={model}", f"output_dir={tmp_path / name}", "train.tokens=null", "train.steps=3"]
-    changes += ["data.seq_len=64", "train.micro_batch_size=2", "train.global_batch_size=4", "optim.warmup=0"]
-    for kind in load_recipe(RECIPES / f"{name}.yaml", FinetuneRecipe).data.mix:
-        path = tmp_path / f"{kind}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows[kind]))
-        changes.append(f"data.mix.{kind}.path={path}")
-    return run_finetune(load_recipe(RECIPES / f"{name}.yaml", FinetuneRecipe, [*changes, *overrides]))
 
 
 def moved(before: dict, after: dict) -> set[str]:
@@ -71,7 +43,7 @@ def test_cross_only_opens_the_gates_of_a_fresh_merge(tmp_path):
 def test_anole_rows_moves_the_heads_rows_of_the_codes_and_none_besides(tmp_path):
     _, model = tiny_pair(tmp_path, family="chameleon", tie_word_embeddings=False)
     span = load_bundle(model).vocabulary.image_span
-    head = f"{{match: '^lm_head\\.', lr_mul: 1.0, rows: [[{span.start}, {span.stop}]]}}"
+    head = f"{{match: '^lm_head\\.', lr_mul: 1.0, rows: [[{span.start}, {span.stop}]], fresh: he}}"
     rest = "{match: '.', lr_mul: 0.0}"
     before = final_weights(model)
     after = final_weights(train("anole_rows", model, tmp_path, f"optim.groups=[{head}, {rest}]"))
@@ -79,7 +51,8 @@ def test_anole_rows_moves_the_heads_rows_of_the_codes_and_none_besides(tmp_path)
     rows = (before["lm_head.weight"] != after["lm_head.weight"]).any(1).nonzero()[:, 0].tolist()
     assert rows == list(range(span.start, span.stop))
     groups = load_recipe(RECIPES / "anole_rows.yaml", FinetuneRecipe).optim.groups
-    assert [(g.match, g.lr_mul) for g in groups] == [(r"^lm_head\.", 1.0), (".", 0.0)]  # as trained here
+    expected = [(r"^lm_head\.", 1.0, "he"), (".", 0.0, None)]  # as trained here
+    assert [(g.match, g.lr_mul, g.fresh) for g in groups] == expected
     codes = chameleon_vocabulary(release(), 65_536)[0].image_span
     assert groups[0].rows == ((codes.start, codes.stop),)
 
