@@ -113,12 +113,10 @@ def save(
     moments = {name: engine.moments(parameter) for name, parameter in _trained(model).items()}
     files = {
         "model.safetensors": {name: engine.weight(tensor) for name, tensor in own_tensors(model).items()},
-        "train/optimizer.safetensors": {
-            f"{n}.{key}": found for n, one in moments.items() for key, found in one.items()
-        },
+        "train/optimizer.safetensors": {f"{n}.{key}": one[key] for n, one in moments.items() for key in sorted(one)},
     }
     if ema is not None:
-        files["train/ema.safetensors"] = {name: whole(tensor) for name, tensor in ema.items()}
+        files["train/ema.safetensors"] = {name: whole(ema[name]) for name in sorted(ema)}
     with ranks.together():
         _save(final, temporary, files, {"step": step, **state}, ranks.first)
     return final

@@ -1,7 +1,7 @@
 """How often a run will read each source, said before it begins; a source that teaches nothing is refused.
 
 How many sequences of a source a run reads is arithmetic; how many an epoch has is seen in its first window (documents
-that the run packs first anyway): exact for small sources, within a few per cent for large ones.
+that the run packs first anyway): an estimate, since CM3 grows documents otherwise in every epoch.
 """
 
 from collections.abc import Callable

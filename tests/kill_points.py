@@ -32,7 +32,7 @@ from tests.fork_server import PHASES, ForkServer, Kill  # noqa: E402
 from tests.tiny import tiny_pair  # noqa: E402
 
 MERGE_WIDTH = 512  # wide enough that writing takes longer than the poll
-TIMED = ("seconds", "tokens_per_second", "mfu")  # of a line of the log
+TIMED = ("seconds", "tokens_per_second", "tflops", "mfu", "memory_gb", "seconds_left")  # of a line of the log
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 

@@ -37,7 +37,9 @@ def test_what_is_said_is_what_is_read(tmp_path):
     said = {line.split(":")[0]: float(line.split(" ")[2]) for line in told}
     documents = read(plan, 60 * recipe.train.global_batch_size)
     for name, numbers, size in zip("ab", documents, (40, 7), strict=True):
-        assert said[name] == pytest.approx(len(numbers) / size, rel=0.1), told
+        assert said[name] == pytest.approx(len(numbers) / size, rel=0.15), (
+            told
+        )  # CM3 grows documents otherwise in each epoch
         assert f"of {size} documents" in "".join(told)
 
 

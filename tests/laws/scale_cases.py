@@ -62,7 +62,7 @@ def steps_of(recipe: FinetuneRecipe, out: Path, expected: str = "ddp") -> None:
     assert trainer.engine.shards == (expected != "ddp")  # the variables were understood
     named = dict(trainer.bundle.model.named_parameters())
     torch.manual_seed(0)
-    loss, _ = trainer.backward(trainer.batch(0))
+    loss, _, _ = trainer.backward(trainer.batch(0))
     found = {f"gradient.{name}": whole(p.grad).read() for name, p in named.items() if p.requires_grad}
     reports = [trainer.advance() for _ in range(STEPS)]
     found |= {f"weight.{name}": whole(p).read() for name, p in named.items()}

@@ -65,6 +65,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 def test_every_recipe_file_is_run_here():
     found = {path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml")}
+    found = {name for name in found if not name.startswith("launch/")}  # accelerate's; tests/flows/test_launch.py
     assert found == TRAINING.keys() | MERGES.keys()
 
 
