@@ -4,8 +4,7 @@ A Llama shape with random weights learns the shipped mini mix (text, captioned i
 1,024 positions, in the same arithmetic, with AdamW and as many useful tokens a step, which are those of documents.
 Trainer pads each batch to its longest document, in random batches or with ``group_by_length``; text cut into documents
 of one length nobody pads. The sides take turns, the first step of a turn is left out, a side's figure is its fastest
-turn. Then head and loss alone: peak memory for 65,536 ids (``benchmarks/head_loss.py`` has more rows), and on a GPU
-model FLOPs utilisation of a 1B shape and of two fused 0.5B shapes.
+turn. Then head and loss alone: peak memory for 65,536 ids (``benchmarks/head_loss.py`` has more rows).
 
     python -m benchmarks.train            # some minutes
     python -m benchmarks.train --quick    # few steps of a smaller shape (under a minute)
