@@ -29,7 +29,7 @@ from finetune.order import PackedSource, Plan
 from finetune.pack import Placed, Sequence
 from finetune.recipe import FinetuneRecipe
 from finetune.run import choose_attention
-from finetune.sources import Source, open_source
+from finetune.sources import open_source
 from jam.memory import keep_freed_memory
 from jam.models.load import Bundle, load_bundle, quiet_transformers
 from jam.shipped import model_folder
@@ -42,7 +42,7 @@ MIX = {"text": ("text", 0.4), "pairs": ("captions", 0.4), "chat": ("conversation
 class Given:
     """A plan of sequences that are there already."""
 
-    def __init__(self, sequences: list[Sequence], sources: list[Source]):
+    def __init__(self, sequences: list[Sequence], sources: list[PackedSource]):
         self.sequences, self.sources = sequences, sources
 
     def sequence(self, t: int) -> tuple[int, Sequence]:
@@ -66,7 +66,7 @@ class Contest:
 
     mini: Bundle
     recipe: FinetuneRecipe
-    sources: list[Source]
+    sources: list[PackedSource]
     layers: int
     width: int
     steps: int
@@ -192,7 +192,7 @@ def main() -> None:
         f"{read / len(packed) / LENGTH:.4f} (bar 0.98)\n"
     )
     batch = max(1, round(size * LENGTH * len(documents) / read))
-    contest = Contest(mini, recipe, opened, layers, width, steps)
+    contest = Contest(mini, recipe, plan.sources, layers, width, steps)
     sides = {
         "jam, packed": lambda: contest.ours(packed),
         "Trainer, random": lambda: contest.theirs(documents, batch, "random"),
