@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     given = parser.parse_args()
-    layers, width, size, steps, rounds = (2, 128, 2, 4, 1) if given.quick else (4, 384, 4, given.steps, given.rounds)
+    layers, width, size, steps, rounds = (2, 128, 2, 6, 1) if given.quick else (4, 384, 4, given.steps, given.rounds)
     keep_freed_memory()
     folder = model_folder(None)
     raw = {

@@ -26,6 +26,8 @@ from jam.models.span_head import owned_slices, span_scores
 from jam.models.tower import cap_of, capped
 from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD
 
+SCORES = 2**26  # of a chunk, where the recipe leaves that to us: a quarter of a GB in float32
+
 
 class TokenLoss(nn.Module):
     """Nats of every token that is learnt: the model as training calls it, so that what wraps it wraps head and loss.
@@ -149,13 +151,16 @@ class TokenLoss(nn.Module):
 
     def _nats(self, kind: int, states: list[Tensor], targets_N: Tensor) -> tuple[Tensor, Tensor]:
         """Nats and log Z of one head's rows, both [N]."""
-        if self.chunk is None or len(targets_N) <= self.chunk:  # one chunk: nothing to make twice
+        chunk = self.chunk
+        if chunk == "auto":
+            chunk = max(1, SCORES // sum(part.stop - part.start for part in self.slices[kind]))
+        if chunk is None or len(targets_N) <= chunk:  # one chunk: nothing to make twice
             return plain_nats(self._head(kind, states), targets_N)
         if self.cross:
-            read = partial(chunked_nats, targets_N=targets_N, cap=self.model.cap(kind), chunk=self.chunk)
+            read = partial(chunked_nats, targets_N=targets_N, cap=self.model.cap(kind), chunk=chunk)
             return self.model.head(kind, *states, read=read)
         weight, cap = self.model.get_output_embeddings().weight, cap_of(self.model.config)
-        return chunked_nats(states[0], weight, self.slices[kind], targets_N, cap, self.chunk)
+        return chunked_nats(states[0], weight, self.slices[kind], targets_N, cap, chunk)
 
 
 def position_weights(batch: Batch, settings: LossSection) -> Tensor:

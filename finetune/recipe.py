@@ -103,11 +103,11 @@ class LossSection(Section):
         "restricted", description="restricted: over the ids that the grammar allows in this state; joint: over all ids"
     )
     z: float = Field(0.0, ge=0.0, description="weight of log(Z)^2, which keeps logits from drifting (1e-5: Chameleon)")
-    chunk: int | None = Field(
-        1024,
-        ge=1,
+    chunk: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        "auto",
         description="positions that a head scores at a time, so that the scores of a large vocabulary never stand "
-        "whole in memory; null is all at once (softmax: restricted)",
+        "whole in memory; auto: as many as make 2^26 scores (1,024 of 65,536 ids); null is all at once (softmax: "
+        "restricted)",
     )
 
     @model_validator(mode="after")

@@ -58,9 +58,11 @@ class Source:
 
     def earlier(self, index: int, draw: float) -> Iterator[Document]:
         """What may be said before a document: 0 to ``joined`` - 1 others, each number as often, none of them twice."""
+        if self.joined == 1:
+            return
         generator = keyed(index, int(draw * 2**53))
         count = min(int(generator.integers(self.joined)), self.size - 1)
-        for step in generator.permutation(min(self.size - 1, 1 << 16))[:count].tolist():
+        for step in generator.choice(self.size - 1, count, replace=False).tolist() if count else ():
             other, own = (index + 1 + step) % self.size, float(generator.random())
             if other not in self.skip:
                 yield self.make(other, own)
