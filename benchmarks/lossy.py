@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks.decode import bundle_of, medians, network
-from finetune.held_out import held_out_captions, held_out_texts
+from finetune.data.held_out import held_out_captions, held_out_texts
 from jam.assets import IMAGE_PARENT
 from jam.evaluate.loss import Item, caption_item, scored_logits, text_item
 from jam.memory import keep_freed_memory

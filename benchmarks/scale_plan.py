@@ -90,7 +90,7 @@ class Setting:
 
 
 def memory(model: Model, at: Setting) -> dict[str, float]:
-    """GB on one GPU at the top of a step, under bf16 and checkpointing of layers (finetune.engines has the dtypes)."""
+    """GB on one GPU at the top of a step, under bf16 and checkpointing of layers (dtypes: finetune.scale.engines)."""
     share, unit = model.parameters / at.shards, model.largest_unit
     blocks = model.streams * model.layers + 2 * model.exchanges
     parts = {

@@ -24,12 +24,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 from transformers import Trainer as TheirTrainer
 
 from benchmarks import head_loss
+from finetune.data.sources import open_source
 from finetune.loop import Trainer
-from finetune.order import PackedSource, Plan
-from finetune.pack import Placed, Sequence
+from finetune.order.pack import Placed, Sequence
+from finetune.order.plan import PackedSource, Plan
 from finetune.recipe import FinetuneRecipe
 from finetune.run import choose_attention
-from finetune.sources import open_source
 from jam.memory import keep_freed_memory
 from jam.models.load import Bundle, load_bundle, quiet_transformers
 from jam.shipped import model_folder

@@ -2,8 +2,8 @@
 
 Random weights and ids; rows of 4,096 tokens, each three captioned images of 1,024 codes and a text, packed without a
 gap. Steps are ``finetune.loop.Trainer``'s own, optimizer and clipping included. MFU counts what the model has to
-compute (``finetune.flops``), over the data sheet's peak; beside it stands the same over what the largest plain matrix
-product reaches on this device in the same run, which no training can pass.
+compute (``finetune.watching.flops``), over the data sheet's peak; beside it stands the same over what a plain matrix
+product reaches on this device in the same run.
 
     python -m benchmarks.train_gpu              # a CUDA device
     python -m benchmarks.train_gpu --quick      # small shapes on what is there: the script, not a figure
@@ -19,14 +19,14 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config
 
-from finetune.flops import WorkMeter, known_peak
-from finetune.log import peak_memory
+from finetune.data.sources import Source
 from finetune.loop import Trainer
-from finetune.order import PackedSource
-from finetune.pack import Placed, Sequence
+from finetune.order.pack import Placed, Sequence
+from finetune.order.plan import PackedSource
 from finetune.recipe import FinetuneRecipe
 from finetune.run import choose_attention
-from finetune.sources import Source
+from finetune.watching.flops import WorkMeter, known_peak
+from finetune.watching.log import peak_memory
 from jam.memory import keep_freed_memory
 from jam.models.cross import JamCrossForCausalLM
 from jam.models.cross_config import JamCrossConfig

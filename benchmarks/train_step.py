@@ -35,7 +35,7 @@ def measure(folder: str, kernel: str, keep: bool, narrow: bool, steps: int) -> d
     import torch
 
     from finetune.loss import TokenLoss, cross_entropy
-    from finetune.pack import Batch
+    from finetune.order.pack import Batch
     from finetune.recipe import LossSection
     from jam.memory import keep_freed_memory
     from jam.models.heads import allowed_ids

@@ -24,7 +24,7 @@ MODES = ("copy", "average", "zero")
 
 def losses(folder: Path, codes_of: Path, texts: int, captions: int) -> list[str]:
     """Cells of one model: text and image on validation, then on test; a dash where it makes no images."""
-    from finetune.held_out import held_out_captions, held_out_texts
+    from finetune.data.held_out import held_out_captions, held_out_texts
     from jam.evaluate.loss import evaluate_captions, sum_nats, text_item
     from jam.models.load import load_bundle
     from jam.tokens.image import ImageTokenizer

@@ -20,8 +20,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from finetune.engines import Engine, Whole, laid_as, whole
-from finetune.ranks import Ranks
+from finetune.scale.engines import Engine, Whole, laid_as, whole
+from finetune.scale.ranks import Ranks
 from jam.errors import RunError
 from jam.shard_file import ShardFile
 from jam.shards import header_of, sync_path

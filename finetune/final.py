@@ -10,10 +10,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from finetune import checkpoint
-from finetune.engines import Engine
 from finetune.lora import merged, save_adapter
-from finetune.ranks import Ranks
 from finetune.recipe import FinetuneRecipe
+from finetune.scale.engines import Engine
+from finetune.scale.ranks import Ranks
 from finetune.scratch import own_record, trained_config
 from jam.errors import RunError
 from jam.models.load import Bundle, quiet_transformers

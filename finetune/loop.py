@@ -1,4 +1,4 @@
-"""The training loop, on accelerate for device and processes; finetune.engines has how the model lies on them.
+"""The training loop, on accelerate for device and processes; finetune.scale.engines has how the model lies on them.
 
 One optimizer step: sequences t = step * G .. (step + 1) * G - 1 of the plan (this rank takes every world-th) ->
 micro-batches -> sums of weighted loss divided by the global weight -> clip -> optimizer -> EMA. Everything random is
@@ -14,15 +14,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from finetune.engines import Engine, engine_for
 from finetune.loss import TokenLoss, position_weights, sums
-from finetune.measure import SOURCES, count
 from finetune.optim import build_optimizer, learning_rate, tables
-from finetune.order import Plan
-from finetune.pack import Batch, Sequence, collate
-from finetune.ranks import Ranks
+from finetune.order.pack import Batch, Sequence, collate
+from finetune.order.plan import Plan
 from finetune.recipe import FinetuneRecipe
+from finetune.scale.engines import Engine, engine_for
+from finetune.scale.ranks import Ranks
 from finetune.suspects import not_finite, suspect_rows
+from finetune.watching.measure import SOURCES, count
 from jam.errors import RunError
 from jam.models.load import Bundle
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.chunked import chunked_nats, plain_nats
-from finetune.pack import Batch
+from finetune.order.pack import Batch
 from finetune.recipe import LossSection
 from jam.errors import RunError
 from jam.models.cross import JamCrossForCausalLM

@@ -21,22 +21,22 @@ from peft import PeftModel
 from pydantic import ValidationError
 
 from finetune import checkpoint, tally
-from finetune.boards import check_packages, open_boards
-from finetune.engines import start_processes
+from finetune.data.inputs import changed_inputs, inputs_of, refused
+from finetune.data.sources import open_source
 from finetune.final import write_final
-from finetune.flops import WorkMeter, peak_of
-from finetune.inputs import changed_inputs, inputs_of, refused
-from finetune.log import append_log, log_line, trim_log, utilisation
 from finetune.loop import StepReport, Trainer
 from finetune.lora import adapt
-from finetune.order import ORDER, PackedSource, Plan
-from finetune.ranks import Ranks
+from finetune.order.plan import ORDER, PackedSource, Plan
+from finetune.order.supply import check_supply
 from finetune.recipe import FinetuneRecipe
-from finetune.retention import RETENTION
+from finetune.scale.engines import start_processes
+from finetune.scale.ranks import Ranks
 from finetune.scratch import starting_bundle
-from finetune.sources import open_source
-from finetune.supply import check_supply
-from finetune.watch import Watch, check_engine
+from finetune.watching.boards import check_packages, open_boards
+from finetune.watching.flops import WorkMeter, peak_of
+from finetune.watching.log import append_log, log_line, trim_log, utilisation
+from finetune.watching.retention import RETENTION
+from finetune.watching.watch import Watch, check_engine
 from jam.errors import RunError
 from jam.memory import keep_freed_memory
 from jam.models.load import Bundle

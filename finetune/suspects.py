@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from finetune.data.sources import Source
 from finetune.loss import position_weights
-from finetune.pack import Sequence
-from finetune.sources import Source
+from finetune.order.pack import Sequence
 from jam.errors import RunError
 
 if TYPE_CHECKING:

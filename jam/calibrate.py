@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from finetune.held_out import held_out_captions, held_out_texts, spread
+from finetune.data.held_out import held_out_captions, held_out_texts, spread
+from finetune.data.sources import open_source
 from finetune.recipe import Source as SourceRecipe
-from finetune.sources import open_source
 from jam import __version__, assets
 from jam.checkpoint import write_json
 from jam.document import Document, TextPart

@@ -179,8 +179,8 @@ def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     loaded = load_recipe(recipe, FinetuneRecipe, overrides or [])
 
-    from finetune.ranks import one_voice
     from finetune.run import run_finetune
+    from finetune.scale.ranks import one_voice
     from jam.training_bar import TrainingBar
 
     with one_voice(), TrainingBar(loaded.log.every) as bar:

@@ -1,6 +1,6 @@
 """``jam data``: prepared sources made, checked, measured and shown.
 
-Doors to ``finetune.prepare``, ``finetune.shards`` and ``finetune.look``: what they find is printed here.
+Doors to ``finetune.data.prepare``, ``finetune.data.shards`` and ``finetune.data.look``: what they find is printed here.
 """
 
 import sys
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.prepare import Job, prepare
-from finetune.rendering import Reading, Tokenizers, outcomes_of
-from finetune.shards import RECORD, Counts, altered, open_shards
+from finetune.data.prepare import Job, prepare
+from finetune.data.rendering import Reading, Tokenizers, outcomes_of
+from finetune.data.shards import RECORD, Counts, altered, open_shards
 from jam.errors import DataError, printable
 from jam.shipped import model_folder
 
@@ -29,7 +29,7 @@ def _model(path: Path | None) -> Tokenizers:
 def run_prepare(
     reading: Reading, model: Path | None, out: Path, *, workers: int, shard_mb: int, skip_bad: bool
 ) -> None:
-    """Raises as ``finetune.prepare.prepare``."""
+    """Raises as ``finetune.data.prepare.prepare``."""
 
     def tell(line: str) -> None:
         print(_line(line), file=sys.stderr)
@@ -82,8 +82,8 @@ def _check_prepared(folder: Path, model: Path | None) -> None:
 
 
 def run_stats(folder: Path, seq_len: int) -> None:
-    """Raises DataError as ``finetune.shards.open_shards``."""
-    from finetune.look import fill_of, histogram  # imports transformers, which takes seconds
+    """Raises DataError as ``finetune.data.shards.open_shards``."""
+    from finetune.data.look import fill_of, histogram  # imports transformers, which takes seconds
 
     shards = open_shards(folder)
     counts, lengths = shards.counts, shards.lengths()
@@ -113,7 +113,7 @@ def run_show(folder: Path, model: Path | None, *, number: int, start: int, out: 
     Raises:
         DataError: no prepared source, one of another model, or a start beyond its end.
     """
-    from finetune.look import stretches  # imports transformers, which takes seconds
+    from finetune.data.look import stretches  # imports transformers, which takes seconds
 
     shards, own = open_shards(folder), _model(model)
     shards.check_model(own.path, own.vocabulary, own.image)

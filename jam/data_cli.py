@@ -12,7 +12,7 @@ app = typer.Typer(
 )
 
 
-Reader = Literal["text", "captions", "messages", "interleaved", "codes"]  # as finetune.readers.FORMS names them
+Reader = Literal["text", "captions", "messages", "interleaved", "codes"]  # as finetune.data.readers.FORMS names them
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A prepared folder.")]
 MediaRoot = Annotated[Path | None, typer.Option(help="Folder of the images; default: that of the data.")]
 ImageMap = Annotated[Path | None, typer.Option(help='Lines {"url", "path"}: where images named by URL are.')]
@@ -41,7 +41,7 @@ def prepare(
 
     A recipe reads the folder by data.mix.NAME: {kind: shards, path: FOLDER, weight: ...}.
     """
-    from finetune.rendering import Reading
+    from finetune.data.rendering import Reading
     from jam.data import run_prepare
 
     reading = Reading(source, reader, media_root, image_map, own_sizes)
@@ -61,7 +61,7 @@ def check(
     own_sizes: OwnSizes = False,
 ) -> None:
     """Name every bad row with file and line; of a prepared folder, every file that was altered."""
-    from finetune.rendering import Reading
+    from finetune.data.rendering import Reading
     from jam.data import run_check
 
     reading = None if reader is None else Reading(source, reader, media_root, image_map, own_sizes)

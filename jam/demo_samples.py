@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from finetune import mini_data
-from finetune.held_out import held_out_captions, held_out_pictures, held_out_texts, spread
+from finetune.data import mini_data
+from finetune.data.held_out import held_out_captions, held_out_pictures, held_out_texts, spread
 from jam.decode.engine import generate
 from jam.decode.job import encode_images
 from jam.decode.options import SamplingOptions, default_options

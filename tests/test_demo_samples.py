@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from finetune import mini_data
-from finetune.held_out import spread
+from finetune.data import mini_data
+from finetune.data.held_out import spread
 from jam.demo import choose, train_recipe
 from jam.demo_bench import Settings
 from jam.demo_samples import held_out_questions

@@ -10,8 +10,8 @@ Layout (CM3Leon, arXiv 2309.02591, figure 9: text <break> image <break> ... <eos
 A role token stands wherever the speaker changes; ``</s>`` closes a plain document and every assistant turn. Where the
 vocabulary has a chat model's own ``turns``, they stand in place of ``<s> <user>``, ``<user>`` and ``<assistant>``. A
 prompt with a hole is written as CM3 training writes the whole document with that span moved to its end
-(``finetune.cm3.mask_spans``), up to where the span begins. Where images carry their size and row ends, these stand
-among the codes (``jam.tokens.frame``).
+(``finetune.order.cm3.mask_spans``), up to where the span begins. Where images carry their size and row ends, these
+stand among the codes (``jam.tokens.frame``).
 Each token also carries the *head* that predicts it, text or image (``design``: two heads are never compared), and its
 loss weight. The head is local: a token is predicted by the image head when an image is open before it, row ends and the
 closing ``<break>`` included; a size in text, and the control that ends it, is the text head's.

@@ -30,7 +30,7 @@ from text_tools import write_rows
 from tokenizers import Tokenizer
 from wordings import ALSO, HERE, SEEN, STYLE_NOTE, THIS, UNSEEN, country_name, say
 
-from finetune.mini_data import hash_fraction
+from finetune.data.mini_data import hash_fraction
 
 IMAGE_TOKENS = 66  # 64 codes and two breaks
 CONVERSATION_TOKENS = 300

@@ -26,7 +26,7 @@ import resvg_py
 from PIL import Image
 from text_tools import npm_tarball
 
-from finetune.mini_data import hash_fraction
+from finetune.data.mini_data import hash_fraction
 
 SIZE = 64
 EMOJIBASE = "emojibase-data@17.0.0"

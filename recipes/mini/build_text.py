@@ -27,7 +27,7 @@ from pathlib import Path
 
 from text_tools import WIKIPEDIA, WORDNET, npm_tarball, sentences, wheel, write_rows
 
-from finetune.mini_data import hash_fraction, read_jsonl
+from finetune.data.mini_data import hash_fraction, read_jsonl
 
 GLOSS_CHARACTERS = 5_000_000  # keeps both files together under 4 MB compressed
 FOLD = str.maketrans(

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from finetune import mini_data
+from finetune.data import mini_data
 from jam.decode.job import encode_images
 from jam.decode.options import default_options
 from jam.decode.stream import replies

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from finetune import mini_data
-from finetune.sources import mini_codes
+from finetune.data import mini_data
+from finetune.data.sources import mini_codes
 from jam.decode.engine import generate
 from jam.decode.options import SamplingOptions, default_options
 from jam.decode.stream import ReplyStream

@@ -20,7 +20,7 @@ from country_facts import NO_FACTS, load_countries
 from text_tools import WORDNET, npm_tarball, sentences
 from wordings import is_plural, phrase
 
-from finetune.mini_data import read_jsonl
+from finetune.data.mini_data import read_jsonl
 
 TEXT_TOKENS = 45
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from wordings import ALSO, HERE, SEEN, STYLE_NOTE, STYLES, THIS, country_name, phrase
 
-from finetune.mini_data import read_jsonl
+from finetune.data.mini_data import read_jsonl
 
 VOCABULARY = 4096
 CONTROL = ("<s>", "<pad>", "</s>", "<mask>", "<infill>", "<break>", "<user>", "<assistant>")

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune import mini_data
+from finetune.data import mini_data
 from jam.tokens.vq import VQConfig, VQModel
 
 DECAY, COMMIT, STARVED = 0.99, 0.25, 0.03

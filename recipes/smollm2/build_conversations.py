@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from finetune import mini_data
+from finetune.data import mini_data
 from jam.assets import DATA
 from jam.decode.options import SamplingOptions
 from jam.decode.stream import replies

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from finetune import mini_data
+from finetune.data import mini_data
 from jam.assets import DATA
 from jam.decode.job import encode_images
 from jam.decode.options import default_options

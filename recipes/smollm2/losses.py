@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from finetune.held_out import held_out_captions, held_out_texts
+from finetune.data.held_out import held_out_captions, held_out_texts
 from jam.assets import IMAGE_PARENT
 from jam.evaluate.loss import evaluate_captions, evaluate_text
 from jam.models.load import load_bundle

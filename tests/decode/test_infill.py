@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
-from finetune.cm3 import mask_spans, unmask
+from finetune.order.cm3 import mask_spans, unmask
 from jam.decode.candidates import draw_candidates
 from jam.decode.custom_generate import custom_generate
 from jam.decode.engine import generate

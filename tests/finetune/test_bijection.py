@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from finetune.bijection import bijection
+from finetune.order.bijection import bijection
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 100, 1000, 65_537])

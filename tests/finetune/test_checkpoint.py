@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune import checkpoint
-from finetune.engines import Whole, whole
+from finetune.scale.engines import Whole, whole
 
 
 def test_a_file_holds_every_tensor_in_its_own_type(tmp_path):

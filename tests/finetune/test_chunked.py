@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from finetune.chunked import chunked_nats, plain_nats
 from finetune.loss import TokenLoss
-from finetune.pack import Batch
+from finetune.order.pack import Batch
 from finetune.recipe import FinetuneRecipe, LossSection
 from finetune.run import run_finetune
 from jam.models.load import Bundle, load_bundle

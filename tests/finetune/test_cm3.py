@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune.cm3 import CAPTION, draw_instance, draw_spans, growth, infilled, mask_spans, segment_bounds, unmask
-from finetune.order import PackedSource
+from finetune.data.sources import cut, keyed, open_source
+from finetune.order.cm3 import CAPTION, draw_instance, draw_spans, growth, infilled, mask_spans, segment_bounds, unmask
+from finetune.order.plan import PackedSource
 from finetune.recipe import FinetuneRecipe, ObjectiveSection, Source
-from finetune.sources import cut, keyed, open_source
 from jam.document import CodesPart, Document, TextPart
 from jam.models.load import load_bundle
 from jam.tokens.render import IMAGE_HEAD, Tokens, render

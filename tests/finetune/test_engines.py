@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 from accelerate import Accelerator
 
-from finetune.engines import Fsdp2, sharded_layers
 from finetune.loss import TokenLoss
 from finetune.recipe import LossSection
+from finetune.scale.engines import Fsdp2, sharded_layers
 from jam.errors import RunError
 from jam.models.load import load_bundle
 from tests.tiny import tiny_pair

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune.flops import WorkMeter, known_peak, peak_of
 from finetune.lora import adapt
 from finetune.loss import TokenLoss, sums
-from finetune.measure import count
 from finetune.optim import build_optimizer
-from finetune.pack import Placed, collate
+from finetune.order.pack import Placed, collate
 from finetune.recipe import LoraSection, LossSection, OptimSection
+from finetune.watching.flops import WorkMeter, known_peak, peak_of
+from finetune.watching.measure import count
 from jam.models.load import load_bundle
 from tests.laws.test_data_laws import recipe_for, tokens_of
 from tests.tiny import tiny_pair, tiny_vocabulary

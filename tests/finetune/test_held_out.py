@@ -1,7 +1,7 @@
 """What the shipped data holds out: fixed, spread, and never from the training split."""
 
-from finetune import mini_data
-from finetune.held_out import held_out_captions, held_out_pictures, held_out_texts
+from finetune.data import mini_data
+from finetune.data.held_out import held_out_captions, held_out_pictures, held_out_texts
 from jam.document import CodesPart, TextPart
 from jam.tokens.image import ImageTokenizer
 from tests.tiny import tiny_pair

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finetune.loss import TokenLoss, cross_entropy
-from finetune.pack import Batch, Placed, collate
+from finetune.order.pack import Batch, Placed, collate
 from finetune.recipe import LossSection
 from jam.errors import RunError
 from jam.models.load import Bundle, load_bundle

@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from finetune.data.readers.forms import Context, messages
+from finetune.data.readers.media import Media
+from finetune.data.sources import open_source, pieces
 from finetune.loss import position_weights
-from finetune.order import PackedSource
-from finetune.pack import Placed, collate
-from finetune.readers.forms import Context, messages
-from finetune.readers.media import Media
+from finetune.order.pack import Placed, collate
+from finetune.order.plan import PackedSource
 from finetune.recipe import LossSection, Source
-from finetune.sources import open_source, pieces
 from jam.document import Document, from_messages
 from jam.errors import DataError
 from jam.models.load import Bundle, load_bundle

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from finetune.cm3 import caption_span, mask_spans
-from finetune.measure import DOCUMENTS, PAIRS, PLACES, SOURCES, TOKENS, count, masked, shares
-from finetune.pack import Placed
+from finetune.order.cm3 import caption_span, mask_spans
+from finetune.order.pack import Placed
 from finetune.run import run_finetune
+from finetune.watching.measure import DOCUMENTS, PAIRS, PLACES, SOURCES, TOKENS, count, masked, shares
 from jam.document import CodesPart, Document, TextPart
 from jam.tokens.render import render
 from jam.tokens.text import TextTokenizer

@@ -10,17 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune import prepare as prepare_module
-from finetune import rendering
-from finetune.order import PackedSource, Plan
-from finetune.pack import collate
-from finetune.prepare import Job, prepare
-from finetune.readers import rows_of
+from finetune.data import prepare as prepare_module
+from finetune.data import rendering
+from finetune.data.prepare import Job, prepare
+from finetune.data.readers import rows_of
+from finetune.data.rendering import Reading, Tokenizers
+from finetune.data.shards import altered, dtype_for, open_shards, runs_of
+from finetune.data.sources import open_source, pieces
+from finetune.order.pack import collate
+from finetune.order.plan import PackedSource, Plan
 from finetune.recipe import FinetuneRecipe
 from finetune.recipe import Source as SourceRecipe
-from finetune.rendering import Reading, Tokenizers
-from finetune.shards import altered, dtype_for, open_shards, runs_of
-from finetune.sources import open_source, pieces
 from jam.errors import DataError, JamError
 from jam.models.load import Bundle, load_bundle
 from jam.tokens.render import Tokens, parse, render

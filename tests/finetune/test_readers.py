@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.readers import FORMS, Context, Media, read_map, rows_of
+from finetune.data.readers import FORMS, Context, Media, read_map, rows_of
 from jam.document import CodesPart, Document, ImagePart, TextPart
 from jam.errors import DataError
 
@@ -34,7 +34,7 @@ def png(colour: str) -> bytes:
 
 
 def read(form: str, source: Path, root: Path | None = None, **local: str) -> list[Document | str]:
-    """Every row as its document or its error, as ``finetune.rendering`` words it."""
+    """Every row as its document or its error, as ``finetune.data.rendering`` words it."""
     context, found = Context(Media(root or source.parent, local), 4), []
     for row in rows_of(source):
         try:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune import sources
-from finetune.cm3 import caption_span, mask_spans
+from finetune.data import sources
+from finetune.data.sources import open_source, pieces
 from finetune.loss import TokenLoss
-from finetune.pack import Placed, collate
+from finetune.order.cm3 import caption_span, mask_spans
+from finetune.order.pack import Placed, collate
 from finetune.recipe import LossSection
 from finetune.recipe import Source as SourceRecipe
-from finetune.sources import open_source, pieces
 from jam.document import CodesPart, TextPart
 from jam.errors import DataError
 from jam.models.load import Bundle, load_bundle

@@ -2,10 +2,10 @@
 
 import pytest
 
-from finetune.order import BLOCK, PackedSource, Plan
+from finetune.data.sources import open_source
+from finetune.order.plan import BLOCK, PackedSource, Plan
+from finetune.order.supply import check_supply, sequences_of
 from finetune.recipe import FinetuneRecipe
-from finetune.sources import open_source
-from finetune.supply import check_supply, sequences_of
 from jam.errors import DataError
 from jam.models.load import load_bundle
 from tests.laws.test_data_laws import plan_for, recipe_for

@@ -10,9 +10,9 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from finetune.recipe import FinetuneRecipe
-from finetune.retention import HeldOut, parents_of
 from finetune.run import Reporter, run_finetune
-from finetune.watch import check_engine
+from finetune.watching.retention import HeldOut, parents_of
+from finetune.watching.watch import check_engine
 from jam.errors import GenerationError, RunError
 from jam.models.load import load_bundle
 from merge.recipe import MergeRecipe
@@ -33,7 +33,7 @@ class Told(Reporter):
 @pytest.fixture
 def fused(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("JAM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("finetune.watch.WORDS", 6)
+    monkeypatch.setattr("finetune.watching.watch.WORDS", 6)
     for number in range(4):
         Image.new("RGB", (8, 8), (60 * number, 0, 9)).save(tmp_path / f"{number}.png")
     lines = (json.dumps({"image": f"{number}.png", "caption": f"cat {number}"}) for number in range(4))

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.look import fill_of, histogram
-from finetune.order import PackedSource
-from finetune.readers import FORMS
+from finetune.data.look import fill_of, histogram
+from finetune.data.readers import FORMS
+from finetune.data.shards import open_shards
+from finetune.data.sources import open_source
+from finetune.order.plan import PackedSource
 from finetune.recipe import FinetuneRecipe
-from finetune.shards import open_shards
-from finetune.sources import open_source
 from jam.cli import main
 from jam.data_cli import Reader
 from jam.models.load import load_bundle

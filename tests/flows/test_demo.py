@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from finetune import mini_data
 from finetune import run as finetune_run
+from finetune.data import mini_data
 from jam import assets, demo_samples
 from jam.cli import main
 from jam.demo_bench import METHODS, Settings, open_folder

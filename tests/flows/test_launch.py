@@ -8,8 +8,8 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
-from finetune import engines
 from finetune.run import run_finetune
+from finetune.scale import engines
 from jam.errors import RunError
 from tests.laws.ranks import ROOT, finished
 from tests.laws.test_scale_runs import recipe_at, written

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from finetune import checkpoint, loop
+from finetune.data.prepare import Job, prepare
+from finetune.data.rendering import Reading, Tokenizers
 from finetune.loss import TokenLoss
-from finetune.prepare import Job, prepare
-from finetune.rendering import Reading, Tokenizers
 from jam.cli import main
 from jam.header import read_header
 from tests.flows.test_data_cli import said

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from finetune.engines import start_processes, whole
+from finetune.data.sources import open_source
 from finetune.loop import Trainer
-from finetune.order import PackedSource
+from finetune.order.plan import PackedSource
 from finetune.recipe import FinetuneRecipe
-from finetune.sources import open_source
+from finetune.scale.engines import start_processes, whole
 from jam.models.load import load_bundle
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from finetune import checkpoint, ranks
+from finetune import checkpoint
 from finetune.loop import Trainer
 from finetune.recipe import FinetuneRecipe
 from finetune.run import Interrupted, Reporter, run_finetune
+from finetune.scale import ranks
 from jam.cli import main
 from jam.errors import DataError, JamError
 from tests.laws.scale_cases import engine

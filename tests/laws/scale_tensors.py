@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from finetune.engines import start_processes
+from finetune.scale.engines import start_processes
 from jam.errors import CheckpointError
 from jam.models.cross import JamCrossForCausalLM
 from jam.models.load import load_bundle

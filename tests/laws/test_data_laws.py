@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.cm3 import caption_span, draw_instance, draw_spans, infilled, mask_spans, segment_bounds, unmask
-from finetune.order import BLOCK, PackedSource, Plan, quotas
-from finetune.pack import Placed, best_fit, collate, noisy_codes
+from finetune.data.sources import keyed, open_source
+from finetune.order.cm3 import caption_span, draw_instance, draw_spans, infilled, mask_spans, segment_bounds, unmask
+from finetune.order.pack import Placed, best_fit, collate, noisy_codes
+from finetune.order.plan import BLOCK, PackedSource, Plan, quotas
 from finetune.recipe import FinetuneRecipe, ObjectiveSection
-from finetune.sources import keyed, open_source
 from jam.document import CodesPart, Document, TextPart
 from jam.errors import DataError
 from jam.models.load import load_bundle
@@ -208,7 +208,7 @@ def test_an_epoch_holds_every_document_once(tmp_path):
 
 def test_packed_documents_cannot_see_one_another(tmp_path):
     plan_documents = [tokens_of(seed, images=1) for seed in range(3)]
-    from finetune.pack import Placed
+    from finetune.order.pack import Placed
 
     batch = collate([[Placed(t, 5 * i) for i, t in enumerate(plan_documents)]], [0], 128, pad=1)
     at = 0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.cm3 import draw_spans, mask_spans, unmask
+from finetune.order.cm3 import draw_spans, mask_spans, unmask
 from jam.decode.engine import generate
 from jam.decode.grammar import Kind, Phase, Row, Step
 from jam.decode.job import rules_of

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from finetune import mini_data
+from finetune.data import mini_data
 from finetune.loss import cross_entropy
-from finetune.pack import Placed, collate
+from finetune.order.pack import Placed, collate
 from jam.assets import IMAGE_PARENT, SHIPPED, TEXT_PARENT
 from jam.decode.options import SamplingOptions, default_options
 from jam.decode.stream import replies

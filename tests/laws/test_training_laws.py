@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from finetune import checkpoint
 from finetune.loss import cross_entropy
-from finetune.pack import Placed, collate
+from finetune.order.pack import Placed, collate
 from finetune.recipe import FinetuneRecipe
 from finetune.run import Reporter, changed_settings, fixed_settings, run_finetune
 from jam.errors import RunError

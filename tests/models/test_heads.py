@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.cm3 import draw_spans, mask_spans, segment_bounds
+from finetune.order.cm3 import draw_spans, mask_spans, segment_bounds
 from jam.models.heads import allowed_ids, next_heads, restrict
 from jam.tokens.render import IMAGE_HEAD, TEXT_HEAD, render
 from jam.tokens.text import TextTokenizer

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finetune.loss import TokenLoss
-from finetune.pack import Batch, Placed, collate
+from finetune.order.pack import Batch, Placed, collate
 from finetune.recipe import LossSection
 from jam.models.families import FAMILIES
 from jam.models.load import Bundle, load_bundle

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from finetune.mini_data import read_jsonl
+from finetune.data.mini_data import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "jam/assets/mini/data"

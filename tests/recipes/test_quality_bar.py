@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune import mini_data
+from finetune.data import mini_data
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "mini" / "quality_bar.py"
 

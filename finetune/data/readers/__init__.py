@@ -1,7 +1,7 @@
 """Data as users have it: files of rows (``containers``), and rows as documents (``forms``)."""
 
-from finetune.readers.containers import Row, Torn, rows_of
-from finetune.readers.forms import FORMS, Context
-from finetune.readers.media import Media, open_media, read_map
+from finetune.data.readers.containers import Row, Torn, rows_of
+from finetune.data.readers.forms import FORMS, Context
+from finetune.data.readers.media import Media, open_media, read_map
 
 __all__ = ["FORMS", "Context", "Media", "Row", "Torn", "open_media", "read_map", "rows_of"]

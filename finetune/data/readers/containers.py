@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from finetune.readers.lines import parse_line
+from finetune.data.readers.lines import parse_line
 from jam.errors import DataError
 from jam.tokens.image import MAX_BYTES
 

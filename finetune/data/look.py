@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from finetune.bijection import bijection
-from finetune.order import WINDOW
-from finetune.pack import best_fit
-from finetune.rendering import Tokenizers
-from finetune.shards import Shards, runs_of
+from finetune.data.rendering import Tokenizers
+from finetune.data.shards import Shards, runs_of
+from finetune.order.bijection import bijection
+from finetune.order.pack import best_fit
+from finetune.order.plan import WINDOW
 from jam.errors import CheckpointError
 from jam.tokens.render import IMAGE_HEAD, Tokens
 from jam.tokens.vocabulary import IMAGE
@@ -44,7 +44,7 @@ def fill_of(shards: Shards, seq_len: int) -> Fill:
         for index in bijection(window_places, len(lengths), 0, 0, 0).tolist():
             if not long[index]:
                 parts.append(int(lengths[index]))
-            elif not pictures[index]:  # as finetune.sources.pieces cuts it: every piece begins with <s>
+            elif not pictures[index]:  # as finetune.data.sources.pieces cuts it: every piece begins with <s>
                 whole, rest = divmod(int(lengths[index]) - 1, seq_len - 1)
                 parts += [seq_len] * whole + ([rest + 1] if rest else [])
         taken += sum(parts)

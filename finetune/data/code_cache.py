@@ -8,7 +8,7 @@ from tokenize import TokenError
 import numpy as np
 from PIL import Image
 
-from finetune.shards import hash_network
+from finetune.data.shards import hash_network
 from jam.assets import cache_dir
 from jam.errors import DataError
 from jam.tokens.image import ImageTokenizer

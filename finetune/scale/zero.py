@@ -1,7 +1,7 @@
 """ZeRO-3 through DeepSpeed, which is no dependency: weights, gradients and optimizer sharded over the ranks.
 
-FSDP2 (finetune.engines) does the same without it; this is for those who run DeepSpeed already. Weights are gathered and
-gradients summed in float32, also under bf16, whose arithmetic is autocast's as on one device.
+FSDP2 (finetune.scale.engines) does the same without it; this is for those who run DeepSpeed already. Weights are
+gathered and gradients summed in float32, also under bf16, whose arithmetic is autocast's as on one device.
 """
 
 import os
@@ -24,7 +24,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from finetune.engines import Engine, Whole, whole
+from finetune.scale.engines import Engine, Whole, whole
 from jam.errors import RunError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -6,8 +6,8 @@ looking at a result.
 
 from collections.abc import Sequence
 
-from finetune import mini_data
-from finetune.sources import mini_codes
+from finetune.data import mini_data
+from finetune.data.sources import mini_codes
 from jam.document import CodesPart, Document, TextPart
 from jam.tokens.image import ImageTokenizer
 

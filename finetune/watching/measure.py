@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.pack import Sequence
+from finetune.order.pack import Sequence
 from jam.tokens.render import TEXT_HEAD, Tokens
 from jam.tokens.vocabulary import Vocabulary
 

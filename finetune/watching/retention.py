@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.held_out import held_out_captions, spread
-from finetune.mini_data import texts as shipped_texts
+from finetune.data.held_out import held_out_captions, spread
+from finetune.data.mini_data import texts as shipped_texts
+from finetune.data.sources import open_source
 from finetune.recipe import Source, WatchSection
-from finetune.sources import open_source
 from jam import assets
 from jam.checkpoint import read_json
 from jam.document import CodesPart, Document, TextPart
@@ -42,7 +42,7 @@ class HeldOut:
     def open(cls, watch: WatchSection, bundle: Bundle, seq_len: int) -> "HeldOut":
         """
         Raises:
-            DataError: as :func:`finetune.sources.open_source`.
+            DataError: as :func:`finetune.data.sources.open_source`.
         """
         count, captions = watch.retention, []
         texts = _documents("text", watch.texts, bundle, count) if watch.texts else spread(_shipped(), count)

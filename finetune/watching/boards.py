@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from finetune.log import read_lines
 from finetune.recipe import LogSection
+from finetune.watching.log import read_lines
 from jam.errors import RunError
 
 _EXTRAS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # by its extra, what is imported

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from finetune import mini_data
-from finetune.code_cache import Progress, encode_cached
-from finetune.readers import FORMS, Context, Media, rows_of
-from finetune.readers.containers import files_of
+from finetune.data import mini_data
+from finetune.data.code_cache import Progress, encode_cached
+from finetune.data.readers import FORMS, Context, Media, rows_of
+from finetune.data.readers.containers import files_of
+from finetune.data.shards import RECORD, Shards, open_shards
 from finetune.recipe import Source as SourceRecipe
-from finetune.shards import RECORD, Shards, open_shards
 from jam.assets import DATA
 from jam.digest import sha256_of
 from jam.document import CodesPart, Document, ImagePart, TextPart, from_messages

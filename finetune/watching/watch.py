@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from finetune import mini_data
 from finetune.checkpoint import discard
-from finetune.held_out import held_out_pictures, spread
-from finetune.log import append_log, read_lines
+from finetune.data import mini_data
+from finetune.data.held_out import held_out_pictures, spread
 from finetune.loop import Trainer
 from finetune.recipe import FinetuneRecipe, WatchSection
-from finetune.retention import RETENTION, HeldOut, parents_of, reason, summary, table
+from finetune.watching.log import append_log, read_lines
+from finetune.watching.retention import RETENTION, HeldOut, parents_of, reason, summary, table
 from jam.decode.job import prepare
 from jam.decode.options import SamplingOptions, default_options
 from jam.decode.stream import Reply, replies

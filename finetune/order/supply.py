@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from finetune.order import BLOCK, WINDOW, Plan
-from finetune.pack import Sequence
+from finetune.order.pack import Sequence
+from finetune.order.plan import BLOCK, WINDOW, Plan
 from finetune.recipe import FinetuneRecipe, LossSection
 from jam.errors import DataError
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from finetune.measure import PAIRS, TOKENS
 from finetune.recipe import FinetuneRecipe
+from finetune.watching.measure import PAIRS, TOKENS
 from jam.models.cross import JamCrossForCausalLM
 from jam.models.load import Bundle
 from jam.models.span_head import owned_slices
@@ -86,7 +86,7 @@ class Work:
     rows: tuple[float, float]
 
     def of(self, counts: Sequence[float], sums: Tensor) -> float:
-        """Of what ``finetune.measure.count`` and ``finetune.loss.sums`` found."""
+        """Of what ``finetune.watching.measure.count`` and ``finetune.loss.sums`` found."""
         rows = sum(cost * float(count) for cost, count in zip(self.rows, sums[:2, 1], strict=True))
         return self.token * counts[TOKENS] + self.pair * counts[PAIRS] + rows
 

@@ -1,4 +1,4 @@
-"""How the model lies on the ranks: whole on each (one process, DDP), or sharded (FSDP2 here, ZeRO-3 in finetune.zero).
+"""How the model lies on the ranks: whole on each (one process, DDP), or sharded (FSDP2; ZeRO-3 is in zero.py).
 
 ``accelerate launch`` says which, by its config. The sharding is torch's own ``fully_shard``, called here, so that
 processes on a CPU run the very code that GPUs run (accelerate shards on GPUs only) and tables keep float32.
@@ -216,7 +216,7 @@ def engine_for(accelerator: Accelerator, bf16: bool) -> Engine:
     if accelerator.num_processes > 1 and _asked("ACCELERATE_USE_FSDP"):
         return Fsdp2(accelerator, bf16)
     if accelerator.num_processes > 1 and _asked("ACCELERATE_USE_DEEPSPEED"):
-        from finetune.zero import Zero3  # imports deepspeed, which is no dependency
+        from finetune.scale.zero import Zero3  # imports deepspeed, which is no dependency
 
         return Zero3(accelerator, bf16)
     return Engine(accelerator, bf16)

@@ -1,8 +1,9 @@
 """What a run is made from beside its recipe, as hashes: none goes on over other data, or another base, unasked.
 
-Sources give SHA-256 of their content (``finetune.sources``: files as they are, pixels as they are read; of a prepared
-folder its source.json, which has the hashes of its shards). A model gives what its ids mean and its config.json; its
-weights only under adapters, which a checkpoint keeps without them. 14 GB take about ten seconds to hash, once a start.
+Sources give SHA-256 of their content (``finetune.data.sources``: files as they are, pixels as they are read; of a
+prepared folder its source.json, which has the hashes of its shards). A model gives what its ids mean and its
+config.json; its weights only under adapters, which a checkpoint keeps without them. 14 GB take about ten seconds to
+hash, once a start.
 """
 
 import hashlib
@@ -10,9 +11,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from finetune.data.shards import Identity
+from finetune.data.sources import Source
 from finetune.recipe import FinetuneRecipe
-from finetune.shards import Identity
-from finetune.sources import Source
 from jam.checkpoint import read_json
 from jam.digest import sha256_of
 from jam.models.load import Bundle

@@ -1,9 +1,9 @@
-"""A source to a prepared folder (``finetune.shards``), restartable after every whole shard.
+"""A source to a prepared folder (``finetune.data.shards``), restartable after every whole shard.
 
 Stages: the key of the work and the whole shards of a run that was killed -> chunks of tokens in order
-(``finetune.rendering``) -> shards, each fsynced, renamed and noted in a journal -> source.json -> the folder appears by
-rename. A run that goes on begins with the chunk that its last whole shard ended in, and writes the same bytes as one
-that was never killed.
+(``finetune.data.rendering``) -> shards, each fsynced, renamed and noted in a journal -> source.json -> the folder
+appears by rename. A run that goes on begins with the chunk that its last whole shard ended in, and writes the same
+bytes as one that was never killed.
 """
 
 import json
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.readers.containers import files_of
-from finetune.rendering import CHUNK, Outcome, Reading, Tokenizers, outcomes_of
-from finetune.shards import FORMAT, RECORD, Counts, Identity, ShardWriter, dtype_for, read_counts, replace_file
+from finetune.data.readers.containers import files_of
+from finetune.data.rendering import CHUNK, Outcome, Reading, Tokenizers, outcomes_of
+from finetune.data.shards import FORMAT, RECORD, Counts, Identity, ShardWriter, dtype_for, read_counts, replace_file
 from jam import __version__
 from jam.errors import DataError
 from jam.journal import JOURNAL, Journal, Lock, Shard, check_parents, partial_folder

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from finetune.bijection import bijection
-from finetune.cm3 import draw_instance, growth, infilled
-from finetune.pack import Placed, Sequence, best_fit, noisy_codes
+from finetune.data.sources import Source, cut, keyed
+from finetune.order.bijection import bijection
+from finetune.order.cm3 import draw_instance, growth, infilled
+from finetune.order.pack import Placed, Sequence, best_fit, noisy_codes
 from finetune.recipe import FinetuneRecipe
-from finetune.sources import Source, cut, keyed
 from jam.errors import DataError
 from jam.models.load import Bundle
 from jam.tokens.render import Tokens

@@ -8,8 +8,8 @@ Aghajanyan et al., *CM3* (arXiv 2201.07520, section 2) with CM3Leon's two change
 Several spans are told apart by order: the n-th ``<infill>`` belongs to the n-th ``<mask>``. Predicting ``<mask>`` has
 loss weight 0 (CM3, section 2). A span lies inside one text or image segment: a drawn span is clipped to the segment
 that it overlaps most. No token is lost: the transform grows a document by two tokens a span. A long text is cut so that
-the growth of its pieces fits (``finetune.sources.cut``); a document with images, which is never cut, gets fewer spans
-where it would not.
+the growth of its pieces fits (``finetune.data.sources.cut``); a document with images, which is never cut, gets fewer
+spans where it would not.
 
 The number of spans is drawn before the cut, the spans after it: :func:`draw_instance`, then :func:`infilled`.
 """

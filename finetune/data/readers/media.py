@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from finetune.readers.lines import parse_line
+from finetune.data.readers.lines import parse_line
 from jam.errors import DataError
 from jam.tokens.image import open_image
 

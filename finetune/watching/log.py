@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from finetune.flops import Work
 from finetune.loop import StepReport, Trainer
-from finetune.measure import DOCUMENTS, TOKENS, shares
+from finetune.watching.flops import Work
+from finetune.watching.measure import DOCUMENTS, TOKENS, shares
 
 LOG = "log.jsonl"
 

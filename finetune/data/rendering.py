@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 
-from finetune.readers import FORMS, Context, Media, Row, Torn, read_map, rows_of
+from finetune.data.readers import FORMS, Context, Media, Row, Torn, read_map, rows_of
 from jam.document import CodesPart, Document, ImagePart
 from jam.errors import DataError, JamError
 from jam.layouts import open_model
@@ -57,7 +57,7 @@ class Reading:
     """How a source is read.
 
     Attributes:
-        form: a name of ``finetune.readers.FORMS``.
+        form: a name of ``finetune.data.readers.FORMS``.
         media_root: the folder of the images; None is the source's own.
         image_map: JSON lines of ``{"url", "path"}``.
         own_sizes: images at the size the model's owner gives them (``ImageTokenizer.read``), not as squares.

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune.readers.lines import text_field
-from finetune.readers.media import Media
+from finetune.data.readers.lines import text_field
+from finetune.data.readers.media import Media
 from jam.document import MARKER, CodesPart, Document, ImagePart, Part, TextPart, from_messages
 from jam.errors import DataError
 

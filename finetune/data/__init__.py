@@ -1,0 +1,1 @@
+"""What a mix names, read, rendered and prepared: from files of rows to documents as tokens."""
