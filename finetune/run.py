@@ -29,7 +29,7 @@ from finetune.lora import adapt
 from finetune.order.plan import ORDER, PackedSource, Plan
 from finetune.order.supply import check_supply
 from finetune.recipe import FinetuneRecipe
-from finetune.scale.engines import start_processes
+from finetune.scale.engines import asks_fsdp2, start_processes
 from finetune.scale.ranks import Ranks
 from finetune.scratch import starting_bundle
 from finetune.watching.boards import check_packages, open_boards
@@ -260,7 +260,7 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
                 held.enter_context(run_lock(run))
                 checkpoint.remove_stale(run)
         with ranks.together():
-            bundle = starting_bundle(recipe)
+            bundle = starting_bundle(recipe, hollow=asks_fsdp2(accelerator) and not ranks.first)
             bundle.model.set_attn_implementation(choose_attention(recipe))
             context = _context(bundle, recipe)
         mix = recipe.data.mix

@@ -5,9 +5,11 @@ class's initialisation or by CM3Leon's, under the recipe's seed alone, so that e
 the same -> the side files of ``final/``. The folder's own weights are not read and may be absent.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -31,18 +33,22 @@ _BY_LAYER = ("layer_types", "no_rope_layers")  # lists that belong to the folder
 NOT_FROM_THE_FOLDER = ("finetune.yaml", "log.jsonl", "merge.yaml", "report.json")  # they speak of its weights
 
 
-def starting_bundle(recipe: FinetuneRecipe) -> Bundle:
+def starting_bundle(recipe: FinetuneRecipe, hollow: bool = False) -> Bundle:
     """What a run begins with, in float32: the recipe's model or new weights, and rows that begin anew.
+
+    Args:
+        hollow: parameters on the meta device, for a rank that gets them from the first one.
 
     Raises:
         CheckpointError: as ``jam.models.load.load_bundle`` or :func:`scratch_bundle`.
         RunError: as :func:`scratch_bundle` or ``finetune.rows.fresh_rows``.
     """
     if recipe.scratch is None:
-        bundle = load_bundle(Path(recipe.model), dtype=torch.float32)
+        bundle = load_bundle(Path(recipe.model), dtype=torch.float32, hollow=hollow)
     else:
-        bundle = scratch_bundle(Path(recipe.model), recipe.scratch, recipe.seed)
-    fresh_rows(bundle.model, recipe.optim, recipe.seed)
+        bundle = scratch_bundle(Path(recipe.model), recipe.scratch, recipe.seed, hollow)
+    if not hollow:
+        fresh_rows(bundle.model, recipe.optim, recipe.seed)
     return bundle
 
 
@@ -104,15 +110,18 @@ def _shape(family: Family, section: ScratchSection) -> dict[str, int]:
     return found
 
 
-def fresh_network(config: dict, section: ScratchSection, seed: int) -> PreTrainedModel:
+def fresh_network(config: dict, section: ScratchSection, seed: int, hollow: bool = False) -> PreTrainedModel:
     """The family's class in float32, its weights drawn under ``seed``; torch's own generator is left as it was.
+
+    Args:
+        hollow: nothing is drawn, parameters are on the meta device.
 
     Raises:
         RunError: transformers refuses the configuration.
     """
     kind = config["model_type"]
     settings = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), init_empty_weights(False) if hollow else nullcontext():
         torch.manual_seed(seed)
         try:
             built: PreTrainedConfig = AutoConfig.for_model(kind, **settings)
@@ -120,7 +129,9 @@ def fresh_network(config: dict, section: ScratchSection, seed: int) -> PreTraine
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise RunError(f"scratch: transformers refuses the configuration ({reason[:300]}); mend it") from error
-    if section.init == "cm3leon":
+    if hollow:
+        model.tie_weights()
+    elif section.init == "cm3leon":
         cm3leon_weights(model, CM3LEON_STD if section.init_std is None else section.init_std, seed)
     return model.eval()
 
@@ -145,7 +156,7 @@ def cm3leon_weights(model: PreTrainedModel, std: float, seed: int) -> None:
         model.get_input_embeddings().weight[model.config.pad_token_id].zero_()
 
 
-def scratch_bundle(folder: Path, section: ScratchSection, seed: int) -> Bundle:
+def scratch_bundle(folder: Path, section: ScratchSection, seed: int, hollow: bool = False) -> Bundle:
     """A fresh network with the folder's vocabulary, tokenizers and image tokenizer, on the CPU.
 
     Raises:
@@ -156,7 +167,7 @@ def scratch_bundle(folder: Path, section: ScratchSection, seed: int) -> Bundle:
     text = TextTokenizer.load(folder)
     image = None if record.image_tokenizer is None else ImageTokenizer.load(folder / record.image_tokenizer)
     check_tokenizers(folder, record.vocabulary, text, image)
-    model = fresh_network(scratch_config(folder, section, record.vocabulary), section, seed)
+    model = fresh_network(scratch_config(folder, section, record.vocabulary), section, seed, hollow)
     return Bundle(folder, model, record.vocabulary, text, image, record.unconditional, record.sampling)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
 from torch import Tensor, nn
@@ -129,12 +130,36 @@ class Fsdp2(Engine):
         dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if self.bf16 else {}
         precision = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
         for layer in layers:
+            self._fill(layer)
             fully_shard(layer, mp_policy=precision, reshard_after_forward=self.plugin.reshard_after_forward, **shared)
         # torch warns of layers that return views; nobody here writes into what a layer returned
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
+        self._fill(network)
+        kept = network.state_dict(keep_vars=True).values()
+        for buffer in (one for one in kept if not isinstance(one, nn.Parameter)):
+            buffer.copy_(self._first_ranks(buffer))
         fully_shard(network, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **shared)
         self.raw = build()
         return network, self.raw
+
+    @torch.no_grad()
+    def _fill(self, unit: nn.Module) -> None:
+        """Gives what does not lie in shards yet the first rank's numbers, on the device. The other ranks have shapes
+        alone, so that the model stands once in main memory and one unit of it whole on a device."""
+        filled: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay one
+        for module in unit.modules():
+            for name, old in list(module.named_parameters(recurse=False)):
+                if isinstance(old, DTensor):
+                    continue
+                if old not in filled:
+                    filled[old] = nn.Parameter(self._first_ranks(old.detach()), old.requires_grad)
+                setattr(module, name, filled[old])
+
+    def _first_ranks(self, tensor: Tensor) -> Tensor:
+        device = self.accelerator.device
+        found = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+        dist.broadcast(found, 0)
+        return found
 
     def _mesh(self) -> DeviceMesh:
         """One dimension; two where accelerate's parallelism config asks for replicas of the shards (HSDP)."""
@@ -189,15 +214,10 @@ def start_processes() -> Accelerator:
     whole process.
 
     Raises:
-        RunError: DeepSpeed is asked for and not there, or a way to load that leaves other ranks without weights.
+        RunError: DeepSpeed is asked for and not there.
     """
     if _asked("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
         raise RunError("accelerate's config asks for DeepSpeed, which is not installed; pip install deepspeed")
-    if _asked("ACCELERATE_USE_FSDP") and _asked("FSDP_CPU_RAM_EFFICIENT_LOADING"):
-        raise RunError(
-            "fsdp_cpu_ram_efficient_loading is true; false is required, every process reads the model itself; set it "
-            "in accelerate's config (recipes/launch/fsdp2.yaml)"
-        )
     with _hidden("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG"):
         return Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
 
@@ -211,9 +231,14 @@ def _hidden(*variables: str) -> Iterator[None]:
         os.environ.update(found)
 
 
+def asks_fsdp2(accelerator: Accelerator) -> bool:
+    """Whether the model will be sharded by FSDP2, so that the first rank alone has to read it."""
+    return accelerator.num_processes > 1 and _asked("ACCELERATE_USE_FSDP")
+
+
 def engine_for(accelerator: Accelerator, bf16: bool) -> Engine:
     """The engine that ``accelerate launch`` asked for; whole models without it."""
-    if accelerator.num_processes > 1 and _asked("ACCELERATE_USE_FSDP"):
+    if asks_fsdp2(accelerator):
         return Fsdp2(accelerator, bf16)
     if accelerator.num_processes > 1 and _asked("ACCELERATE_USE_DEEPSPEED"):
         from finetune.scale.zero import Zero3  # imports deepspeed, which is no dependency

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
@@ -162,12 +163,15 @@ class Bundle:
         return logits_BTV, output.past_key_values
 
 
-def load_bundle(path: Path, dtype: torch.dtype = torch.float32, tp_plan: Literal["auto"] | None = None) -> Bundle:
+def load_bundle(
+    path: Path, dtype: torch.dtype = torch.float32, tp_plan: Literal["auto"] | None = None, hollow: bool = False
+) -> Bundle:
     """Everything in a folder, on the CPU, in eval mode.
 
     Args:
         tp_plan: "auto" shares each matrix out over the processes of the run (tensor parallelism, by transformers'
             plans), on their devices; every process must then call the model with the same inputs.
+        hollow: the network's parameters on the meta device, for a process that gets them from another.
 
     Raises:
         CheckpointError: no folder, config, shards, tokenizer or jam.json; a truncated shard; tensors missing, of the
@@ -190,7 +194,7 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32, tp_plan: Literal
     image = None
     if record.image_tokenizer is not None:
         image = ImageTokenizer.load(path / record.image_tokenizer)
-    model = load_model(path, checkpoint.config, dtype, tp_plan)
+    model = hollow_model(path, dtype) if hollow else load_model(path, checkpoint.config, dtype, tp_plan)
     bundle = Bundle(path, model, record.vocabulary, text, image, record.unconditional, record.sampling)
     _check_parts(bundle)
     return bundle
@@ -247,6 +251,17 @@ def load_model(
         if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(f"{path}: tensor {name} has {bad} NaN or infinite numbers; restore the checkpoint")
+    return model.eval()
+
+
+def hollow_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The network without numbers: parameters on the meta device, buffers as they are."""
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    loader = network_class(config.model_type) if config.model_type in FAMILIES else AutoModelForCausalLM
+    make = loader.from_config if loader is AutoModelForCausalLM else loader._from_config
+    with quiet_transformers(), init_empty_weights(include_buffers=False):
+        model = make(config, dtype=dtype)
+    model.tie_weights()  # what was moved to the meta device one by one is no longer tied
     return model.eval()
 
 

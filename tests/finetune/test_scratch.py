@@ -68,6 +68,11 @@ def test_weights_follow_the_seed_and_leave_the_generator_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, again[name]) for name, tensor in one.items())
     assert not torch.equal(one["model.decoder.layers.0.fc1.weight"], other["model.decoder.layers.0.fc1.weight"])
+    hollow = fresh_network(config, section, 0, hollow=True)
+    assert all(parameter.is_meta for parameter in hollow.parameters())
+    assert [name for name, _ in hollow.named_parameters()] == list(
+        dict(fresh_network(config, section, 0).named_parameters())
+    )
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])

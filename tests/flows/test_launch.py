@@ -50,10 +50,3 @@ def test_deepspeed_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RunError, match="pip install deepspeed"):
         engines.start_processes()
-
-
-def test_a_way_to_load_that_leaves_ranks_without_weights_is_refused(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
-    with pytest.raises(RunError, match="fsdp_cpu_ram_efficient_loading is true"):
-        engines.start_processes()

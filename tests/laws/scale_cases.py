@@ -14,7 +14,7 @@ from finetune.data.sources import open_source
 from finetune.loop import Trainer
 from finetune.order.plan import PackedSource
 from finetune.recipe import FinetuneRecipe
-from finetune.scale.engines import start_processes, whole
+from finetune.scale.engines import asks_fsdp2, start_processes, whole
 from jam.models.load import load_bundle
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -49,7 +49,8 @@ def engine(name: str) -> Iterator[None]:
 
 def trainer_of(recipe: FinetuneRecipe) -> Trainer:
     accelerator = start_processes()
-    bundle = load_bundle(recipe.model, torch.float64 if recipe.train.precision == "fp32" else torch.float32)
+    dtype = torch.float64 if recipe.train.precision == "fp32" else torch.float32
+    bundle = load_bundle(recipe.model, dtype, hollow=asks_fsdp2(accelerator) and not accelerator.is_main_process)
     opened = [open_source(name, entry, bundle) for name, entry in recipe.data.mix.items()]
     context = bundle.model.config.max_position_embeddings
     plan = Turns([PackedSource(source, number, bundle, recipe, context) for number, source in enumerate(opened)])

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jam.errors import CheckpointError, GenerationError
+from jam.models.families import FAMILIES
 from jam.models.heads import next_heads
 from jam.models.load import load_bundle
 from jam.tokens.vocabulary import JamFile
-from tests.tiny import CODES, CODES_PER_IMAGE, tiny_pair
+from tests.tiny import CODES, CODES_PER_IMAGE, tiny_pair, tiny_parent
 from tests.tiny_cross import tiny_cross
 
 
@@ -182,3 +183,17 @@ def test_a_broken_folder_is_refused_in_one_line(fused: Path, fault: str) -> None
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         load_bundle(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "jam_cross"])
+def test_a_hollow_network_lacks_nothing_but_numbers(tmp_path: Path, family: str) -> None:
+    """What a rank without weights is given by name and order must be what the first rank has, tied tables as one."""
+    cross = family == "jam_cross"
+    folder = tiny_cross(tmp_path / "fused", *tiny_pair(tmp_path)) if cross else tiny_parent(tmp_path, True, 0, family)
+    whole, hollow = load_bundle(folder).model, load_bundle(folder, hollow=True).model
+    assert all(parameter.is_meta for parameter in hollow.parameters())
+    named = [[(n, p.shape, p.dtype) for n, p in model.named_parameters()] for model in (whole, hollow)]
+    assert named[0] == named[1] and whole.state_dict().keys() == hollow.state_dict().keys()
+    buffers = [dict(model.named_buffers()) for model in (whole, hollow)]
+    assert buffers[0].keys() == buffers[1].keys()
+    assert all(torch.equal(tensor, buffers[1][name]) for name, tensor in buffers[0].items())
