@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import finetune.loss as loss_module
 from finetune.chunked import chunked_nats, plain_nats
 from finetune.loss import TokenLoss
 from finetune.order.pack import Batch
 from finetune.recipe import FinetuneRecipe, LossSection
 from finetune.run import run_finetune
+from jam.models.heads import allowed_ids
 from jam.models.load import Bundle, load_bundle
 from tests.finetune.test_loss import batch_of
 from tests.laws.test_data_laws import recipe_for
@@ -91,6 +93,24 @@ def test_every_kind_of_head_learns_in_chunks_as_it_does_whole(folders, name):
     assert whole.keys() == parts.keys()
     for key, tensor in whole.items():
         assert_close(parts[key], tensor, rtol=0, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_auto_takes_as_many_positions_as_make_so_many_scores(folders, monkeypatch):
+    bundle, batch, asked = load_bundle(folders["tied"]), batch_of(), []
+
+    def noted(*given):
+        asked.append(given[-1])
+        return chunked_nats(*given)
+
+    monkeypatch.setattr(loss_module, "chunked_nats", noted)
+    words, codes = (int(one.sum()) for one in allowed_ids(bundle.vocabulary))
+    for scores in (7 * words, 3 * codes):  # of the first, all codes fit into one chunk; of the second, not one word
+        monkeypatch.setattr(loss_module, "SCORES", scores)
+        TokenLoss(bundle, LossSection())(batch)
+    assert words > 3 * codes and asked == [7, 1, 3]
+    monkeypatch.setattr(loss_module, "SCORES", 2**26)  # all of it in one: nothing is made twice
+    TokenLoss(bundle, LossSection())(batch)
+    assert len(asked) == 3
 
 
 @pytest.mark.parametrize("name", NAMES)
