@@ -1,14 +1,16 @@
 """Which documents made a step fail: the order of data is arithmetic, so any rank can look up any sequence again.
 
 A number that is none spreads over its whole sequence, since attention multiplies it by zero and gets none; so the
-documents of a suspect sequence are tried one by one, each alone, before one is named. Nothing here touches the weights;
-gradients are spoilt already, and the run ends.
+documents of a suspect sequence are tried one by one, each alone, before one is named. Every rank tries the same ones at
+the same time, so that shards are gathered for them as in training. Nothing here touches the weights; gradients are
+spoilt already, and the run ends.
 """
 
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from finetune.data.sources import Source
 from finetune.loss import position_weights
@@ -80,7 +82,7 @@ def _by_loss(trainer: "Trainer", rows: Tensor) -> list[int]:
 def _by_gradient(trainer: "Trainer") -> list[int]:
     """Numbers of the sequences whose gradient is not finite alone: micro-batches first, then theirs."""
     numbers, size, found = _numbers(trainer), trainer.recipe.train.micro_batch_size, []
-    for start in range(0, len(numbers) if not trainer.engine.shards else 0, size):
+    for start in range(0, len(numbers) if trainer.engine.tries else 0, size):
         part = [trainer.plan.sequence(number) for number in numbers[start : start + size]]
         if _fails(trainer, part, backward=True):
             found += [numbers[start + row] for row, one in enumerate(part) if _fails(trainer, [one], backward=True)]
@@ -90,7 +92,7 @@ def _by_gradient(trainer: "Trainer") -> list[int]:
 def _documents(trainer: "Trainer", numbers: list[int], backward: bool) -> tuple[int, list[tuple[Source, int]]]:
     """How many documents were tried, and those that fail alone."""
     tried, failed = 0, []
-    for number in () if trainer.engine.shards else numbers:
+    for number in numbers if trainer.engine.tries else ():
         owner, sequence = trainer.plan.sequence(number)
         source = trainer.plan.sources[owner].source
         for placed in sequence:
@@ -105,16 +107,17 @@ def _fails(trainer: "Trainer", part: list[tuple[int, Sequence]], backward: bool)
     batch = trainer.lay_out([sequence for _, sequence in part], [owner for owner, _ in part])
     network = trainer.accelerator.unwrap_model(trainer.model)
     precision = torch.autocast(trainer.accelerator.device.type, torch.bfloat16, enabled=trainer.engine.bf16)
+    for parameter in network.parameters():  # before the forward pass, which may gather other tensors in their place
+        parameter.grad = None
     with torch.set_grad_enabled(backward), precision:
         found = network(batch)
         if not backward:
-            return bool(suspect_rows(found).any())
-        for parameter in network.parameters():
-            parameter.grad = None
+            return trainer.ranks.any(bool(suspect_rows(found).any()))
         scales = found.new_tensor([1.0, trainer.recipe.loss.z])[:, None, None]
         terms = (found * position_weights(batch, trainer.recipe.loss) * scales).sum()
     if not terms.requires_grad:
         return False
     terms.backward()
     grads = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-    return not all(bool(torch.isfinite(grad).all()) for grad in grads)
+    own = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    return trainer.ranks.any(not all(bool(torch.isfinite(grad).all()) for grad in own))

@@ -62,6 +62,7 @@ class Engine:
     name = "DDP"
     shards = False
     averages = True  # keeps train.ema
+    tries = True  # runs single documents outside of a step
 
     def __init__(self, accelerator: Accelerator, bf16: bool):
         self.accelerator, self.bf16 = accelerator, bf16

@@ -55,7 +55,7 @@ class Ranks:
 
     def agree_on(self, failed: Exception | None) -> None:
         """Raises what failed here, or :class:`RunError` for what failed elsewhere."""
-        if self.greatest(failed is not None)[0] and self.many:
+        if self.any(failed is not None) and self.many:
             said = None if failed is None else self._words(failed)
             found = [said] * self.count
             dist.all_gather_object(found, said, group=self._group)
@@ -85,6 +85,10 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
+
+    def any(self, own: bool) -> bool:
+        """Whether it holds on any rank."""
+        return self.greatest(own)[0] > 0
 
     def greatest(self, *numbers: int) -> list[int]:
         """The greatest that any rank has, of each number."""

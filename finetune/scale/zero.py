@@ -36,6 +36,7 @@ class Zero3(Engine):
     name = "ZeRO-3"
     shards = True
     averages = False
+    tries = False
 
     def __init__(self, accelerator: Accelerator, bf16: bool):
         super().__init__(accelerator, bf16)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from finetune import checkpoint
+from finetune import checkpoint, loop
 from finetune.loop import Trainer
 from finetune.recipe import FinetuneRecipe
 from finetune.run import Interrupted, Reporter, run_finetune
@@ -17,6 +17,7 @@ from finetune.scale import ranks
 from jam.cli import main
 from jam.errors import DataError, JamError
 from jam.models import load
+from tests.flows.test_training_mistakes import Spoilt
 from tests.laws.scale_cases import engine
 
 
@@ -119,6 +120,15 @@ def fail(file: str, run: str) -> None:
     with engine("fsdp2"):
         found = ended(recipe)
     assert isinstance(found, JamError) and "none verifies" in str(found), found
+
+
+def spoil(file: str, run: str) -> None:
+    """A document whose loss or gradient is no number is named by all ranks, whole models or shards."""
+    loop.TokenLoss = Spoilt
+    for Spoilt.way, name in (("loss", "fsdp2"), ("gradient", "fsdp2"), ("gradient", "ddp")):
+        with engine(name):
+            found = ended(recipe_of(Path(file), output_dir=f"{run}-{Spoilt.way}-{name}"))
+        assert "of data.mix.a document 3 (" in str(found) and "data.mix.a.skip: [3]" in str(found), found
 
 
 def zero(file: str, run: str) -> None:

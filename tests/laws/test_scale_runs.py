@@ -9,6 +9,7 @@ import torch
 
 from finetune.recipe import FinetuneRecipe
 from finetune.run import run_finetune
+from tests.flows.test_training_mistakes import POISON
 from tests.laws.ranks import launch
 from tests.laws.test_data_laws import recipe_for
 from tests.laws.test_training_laws import StopAfter, final_weights, log_lines
@@ -75,6 +76,13 @@ def test_adapters_train_under_ddp_as_on_one_process_and_are_refused_over_shards(
 
 def test_what_fails_on_one_rank_ends_all_of_them_in_its_words(tmp_path):
     launch(2, tmp_path / "ranks", "tests.laws.scale_runs:fail", written(tmp_path), tmp_path / "run")
+
+
+def test_a_document_that_spoils_a_step_is_named_by_all_ranks(tmp_path):
+    file = written(tmp_path)
+    texts = tmp_path / "text.jsonl"
+    texts.write_text(texts.read_text().replace("line 3 ", f"line 3 {POISON} "))
+    launch(2, tmp_path / "ranks", "tests.laws.scale_runs:spoil", file, tmp_path / "run")
 
 
 def test_an_error_of_all_ranks_is_said_once(tmp_path):
