@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 120  # seconds
+LIMIT = 300  # seconds
 OWN = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0", "CUDA_VISIBLE_DEVICES": ""}
 WORKERS = multiprocessing.get_context("forkserver")
 WORKERS.set_forkserver_preload(["tests.laws.scale_cases", "tests.laws.scale_runs"])
