@@ -17,9 +17,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from finetune.restored import check_fits, check_moments, state_problem, tensors_of
 from finetune.scale.engines import Engine, Whole, laid_as, whole
 from finetune.scale.ranks import Ranks
 from jam.errors import RunError
@@ -183,7 +183,7 @@ def verify(folder: Path) -> str | None:
         return "it has no COMPLETE mark"
     try:
         manifest = json.loads((folder / "MANIFEST.json").read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"its MANIFEST.json does not read ({error})"
     entries = manifest.values() if isinstance(manifest, dict) else ()
     if not all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in entries):
@@ -198,13 +198,18 @@ def verify(folder: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes, {entry['size']} are recorded"
         if _digest(path) != entry["sha256"]:
             return f"the content of {name} differs from its recorded hash"
-    return None
+    return state_problem(folder, step_of(folder))
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def listed(run: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    found = [p for p in run.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda p: -int(p.name.removeprefix("checkpoint-")))
+    found = [p for p in run.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", p.name)]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def newest(run: Path, warn) -> Path | None:
@@ -221,19 +226,20 @@ def load(folder: Path, model: nn.Module, engine: Engine) -> tuple[dict, dict[str
     """Puts weights and optimizer back, tensor by tensor; returns the state and the EMA (None if there is none).
 
     Raises:
-        RunError: the checkpoint is of another model, or its optimizer of other parameters.
+        RunError: the checkpoint is of another model, or its optimizer of other parameters or of another kind.
     """
     own, trained = own_tensors(model), _trained(model)
-    with safe_open(folder / "model.safetensors", "pt") as file:
+    with tensors_of(folder / "model.safetensors") as file:
         missing, unexpected = own.keys() - file.keys(), file.keys() - own.keys()
         if unexpected or missing:
             raise RunError(
                 f"{folder}: {len(missing)} tensors missing, {len(unexpected)} unexpected; "
                 "it was made with another model, start a new output_dir"
             )
+        check_fits(file, {name: engine.weight(tensor) for name, tensor in own.items()})
         for name, tensor in own.items():
             engine.put_weight(tensor, file.get_tensor(name))
-    with safe_open(folder / "train/optimizer.safetensors", "pt") as file:
+    with tensors_of(folder / "train/optimizer.safetensors") as file:
         keys: dict[str, list[str]] = {}
         for name in file.keys():  # noqa: SIM118  (no mapping)
             parameter, _, key = name.rpartition(".")
@@ -243,14 +249,25 @@ def load(folder: Path, model: nn.Module, engine: Engine) -> tuple[dict, dict[str
                 f"the checkpoint's optimizer covers {len(keys)} parameters, this run trains {len(trained)}, not the "
                 "same; resume with the recipe and the jam that made it, or start a new output_dir"
             )
+        check_moments(
+            file, keys, {name: engine.weight(one) for name, one in trained.items()}, _by_muon(trained, engine)
+        )
         for name in keys:
             engine.put_moments(trained[name], {key: file.get_tensor(f"{name}.{key}") for key in keys[name]})
     state = json.loads((folder / "state.json").read_text())
     path = folder / "train/ema.safetensors"
     if not path.exists():
         return state, None
-    with safe_open(path, "pt") as file:
+    with tensors_of(path) as file:
+        check_fits(file, {name: engine.weight(trained[name]) for name in file.keys() if name in trained})  # noqa: SIM118
         return state, {name: laid_as(file.get_tensor(name), trained[name]) for name in file.keys()}  # noqa: SIM118
+
+
+def _by_muon(trained: dict[str, nn.Parameter], engine: Engine) -> set[str]:
+    """Names of the parameters that Muon updates, which sharded engines do not have."""
+    groups = [] if engine.shards else engine.raw.param_groups
+    ids = {id(one) for group in groups if group.get("part") == "muon" for one in group["params"]}
+    return {name for name, parameter in trained.items() if id(parameter) in ids}
 
 
 def rotate(run: Path, keep: int) -> None:

@@ -19,6 +19,8 @@ from jam.errors import RunError
 from jam.models.load import Bundle, quiet_transformers
 from jam.recipe import dump_recipe
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 
 def _model_card(bundle: Bundle, recipe: FinetuneRecipe, steps: int) -> str:
     """README.md of ``final/``: that of the model it was trained from would speak of an untrained merge."""
@@ -31,6 +33,22 @@ def _model_card(bundle: Bundle, recipe: FinetuneRecipe, steps: int) -> str:
     lines += [f"`{kind}`, {tokens:,} tokens in sequences of {recipe.data.seq_len}; mix: {mix}.", ""]
     lines += ["`finetune.yaml` is the recipe; `merge.yaml` and `report.json`, where present, are of the merge.", ""]
     return "\n".join(lines)
+
+
+def final_dtype(bundle: Bundle, recipe: FinetuneRecipe) -> torch.dtype:
+    """The type of the weights in ``final/``: what config.json says.
+
+    Raises:
+        RunError: it names no type that holds weights; integers would cut every one of them to 0.
+    """
+    config = trained_config(bundle, recipe)
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if name not in DTYPES:
+        raise RunError(
+            f"{bundle.path}: dtype is {name!r:.60}; one of {', '.join(DTYPES)} is required to write the trained "
+            "weights, mend config.json (or scratch.config)"
+        )
+    return getattr(torch, name)
 
 
 def write_final(
@@ -51,8 +69,7 @@ def write_final(
         RunError: the folder cannot be written.
     """
     final = run / "final"
-    config = trained_config(bundle, recipe)
-    dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    config, dtype = trained_config(bundle, recipe), final_dtype(bundle, recipe)
     state = {} if adapted is not None else _weights(bundle, dtype, engine, ranks.first)
     with ranks.together():
         if ranks.first:

@@ -78,15 +78,19 @@ def adapt(bundle: Bundle, lora: LoraSection, seed: int) -> PeftModel:
     """Lays adapters over the bundle's network, in place; what it returns saves and merges them.
 
     Raises:
-        RunError: as :func:`targets`; ``new_rows`` of a vocabulary of text alone.
+        RunError: as :func:`targets`; a rank that no map has; ``new_rows`` of a vocabulary of text alone.
     """
     model = bundle.model
     rows = new_rows(model, bundle.vocabulary) if lora.new_rows else None
+    names = targets(model, lora.targets)
+    widest = max(min(model.get_submodule(name).weight.shape) for name in names)
+    if lora.r > widest:
+        raise RunError(f"lora.r is {lora.r}, and no map that it adapts has a rank above {widest}; lower lora.r")
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=targets(model, lora.targets),
+        target_modules=names,
         use_rslora=lora.method == "rslora",
         use_dora=lora.method == "dora",
         trainable_token_indices=rows,

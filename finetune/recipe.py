@@ -8,16 +8,35 @@ matter. Imports no torch.
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from jam.recipe import Pattern, Recipe, Section
+
+MOST_SEQUENCES = 1 << 20  # of a step: one rank looks all of its own up before it computes
+LAST_SEED = 1 << 43  # times 1,000,003, plus step and rank, it stays within the 64 bits of torch's seeds
+
+
+def _weighs(value: float) -> float:
+    if value != 0.0 and not 1e-4 <= value <= 1e4:  # products of three stay in float32, sums of them far above rounding
+        raise ValueError(f"found {value:g}; required: 0, or from 0.0001 to 10000; only ratios count, scale them all")
+    return value
+
+
+def _named(value: object) -> object:
+    if value == "":  # pathlib would take it for the working directory
+        raise ValueError("found an empty path; required: a folder; write . for the working directory")
+    return value
+
+
+Weight = Annotated[float, AfterValidator(_weighs)]
+Folder = Annotated[Path, BeforeValidator(_named)]
 
 
 class ModalityWeights(Section):
     """Loss weights of a source by modality."""
 
-    text: float = Field(1.0, ge=0.0, description="weight of text tokens in the loss")
-    image: float = Field(1.0, ge=0.0, description="weight of image codes in the loss")
+    text: Weight = Field(1.0, ge=0.0, description="weight of text tokens in the loss")
+    image: Weight = Field(1.0, ge=0.0, description="weight of image codes in the loss")
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "ModalityWeights":
@@ -37,7 +56,7 @@ class Source(Section):
         min_length=1, description='"mini" for the shipped data, else a file or folder of rows, or a prepared folder'
     )
     weight: float = Field(
-        gt=0.0, description="share of this source in the mix, counted in tokens; shares are normalised"
+        gt=0.0, le=1e9, description="share of this source in the mix, counted in tokens; shares are normalised"
     )
     loss: ModalityWeights = Field(ModalityWeights(), description="loss weights within this source")
     limit: int | None = Field(None, ge=1, description="use only the first so many documents; null is all")
@@ -97,12 +116,14 @@ class ObjectiveSection(Section):
 class LossSection(Section):
     """Loss weights of the whole run, and over which ids the softmax runs."""
 
-    text: float = Field(1.0, ge=0.0, description="weight of text tokens")
-    image: float = Field(1.0, ge=0.0, description="weight of image codes")
+    text: Weight = Field(1.0, ge=0.0, description="weight of text tokens")
+    image: Weight = Field(1.0, ge=0.0, description="weight of image codes")
     softmax: Literal["restricted", "joint"] = Field(
         "restricted", description="restricted: over the ids that the grammar allows in this state; joint: over all ids"
     )
-    z: float = Field(0.0, ge=0.0, description="weight of log(Z)^2, which keeps logits from drifting (1e-5: Chameleon)")
+    z: float = Field(
+        0.0, ge=0.0, le=1e4, description="weight of log(Z)^2, which keeps logits from drifting (1e-5: Chameleon)"
+    )
     chunk: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         "auto",
         description="positions that a head scores at a time, so that the scores of a large vocabulary never stand "
@@ -121,7 +142,7 @@ class ParameterGroup(Section):
     """Parameters whose learning rate differs."""
 
     match: Pattern = Field(min_length=1, description="regular expression searched in the parameter's name")
-    lr_mul: float = Field(ge=0.0, description="factor on the learning rate; 0 freezes the parameters")
+    lr_mul: float = Field(ge=0.0, le=1e6, description="factor on the learning rate; 0 freezes the parameters")
     rows: tuple[tuple[int, int], ...] | None = Field(
         None,
         description="of a table or head, the ids that learn, as [first, one past the last] each; the others stay as "
@@ -198,7 +219,7 @@ class OptimSection(Section):
     name: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: orthogonalised updates for the matrices inside the network, AdamW for the rest"
     )
-    lr: float = Field(3e-4, gt=0.0, description="peak learning rate")
+    lr: float = Field(3e-4, gt=0.0, le=1e3, description="peak learning rate")
     betas: tuple[float, float] = Field((0.9, 0.95), description="two decay rates of Adam's means, each in [0, 1)")
     eps: float = Field(1e-8, gt=0.0, description="Adam's epsilon")
     weight_decay: float = Field(0.1, ge=0.0, description="decoupled weight decay of matrices")
@@ -231,9 +252,9 @@ class TrainSection(Section):
 
     tokens: int | None = Field(None, ge=1, description="length of the run in tokens; give this or steps")
     steps: int | None = Field(None, ge=1, description="length of the run in optimizer steps; give this or tokens")
-    micro_batch_size: int = Field(8, ge=1, description="sequences in one forward pass on one device")
+    micro_batch_size: int = Field(8, ge=1, le=MOST_SEQUENCES, description="sequences in one forward pass on one device")
     global_batch_size: int = Field(
-        8, ge=1, description="sequences in one optimizer step, a multiple of the micro batch"
+        8, ge=1, le=MOST_SEQUENCES, description="sequences in one optimizer step, a multiple of the micro batch"
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of forward and backward passes")
     attention: Literal["auto", "documents", "sdpa", "eager"] = Field(
@@ -381,9 +402,9 @@ class FinetuneRecipe(Recipe):
     }
 
     kind: Literal["finetune"] = Field("finetune", description="the schema that this file follows")
-    model: Path = Field(description="folder of the model to train")
-    output_dir: Path = Field(description="folder of the run: checkpoints, log, plots and the final model")
-    seed: int = Field(0, ge=0, description="seed of the run")
+    model: Folder = Field(description="folder of the model to train")
+    output_dir: Folder = Field(description="folder of the run: checkpoints, log, plots and the final model")
+    seed: int = Field(0, ge=0, le=LAST_SEED, description="seed of the run")
     resume: Literal["auto", "never", "must"] = Field(
         "auto",
         description="auto goes on from the newest whole checkpoint, never starts afresh, must refuses to start afresh",

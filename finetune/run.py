@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from finetune import checkpoint, tally
 from finetune.data.inputs import changed_inputs, inputs_of, refused
 from finetune.data.sources import open_source
-from finetune.final import write_final
+from finetune.final import final_dtype, write_final
 from finetune.loop import StepReport, Trainer
 from finetune.lora import adapt
 from finetune.order.plan import ORDER, PackedSource, Plan
@@ -171,8 +171,14 @@ def _resume(
                 f"{found}/train/ema.safetensors has {len(ema or {})} averages of {len(trainer.ema)} tensors; restore "
                 "it, or remove the folder to go on from an older one"
             )
+    if state["step"] > trainer.steps:  # resume_allow lets a run be shortened
+        raise RunError(
+            f"{found} is {state['step']} steps into a run of {trainer.steps}; as many at least are required, raise "
+            "train.steps or train.tokens, or choose another output_dir"
+        )
     trainer.step, trainer.tokens = state["step"], state["tokens"]
-    trainer.ema = ema if ema is not None else trainer.ema
+    if trainer.ema is not None and ema is not None:  # resume_allow lets an average come and go
+        trainer.ema = ema
     read = state.get("read", [])
     same = len(read) == len(trainer.plan.sources)
     if same:
@@ -261,6 +267,7 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
                 checkpoint.remove_stale(run)
         with ranks.together():
             bundle = starting_bundle(recipe, hollow=asks_fsdp2(accelerator) and not ranks.first)
+            final_dtype(bundle, recipe)  # before hours of training, not after
             bundle.model.set_attn_implementation(choose_attention(recipe))
             context = _context(bundle, recipe)
         mix = recipe.data.mix

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -126,7 +127,10 @@ def fresh_network(config: dict, section: ScratchSection, seed: int, hollow: bool
         try:
             built: PreTrainedConfig = AutoConfig.for_model(kind, **settings)
             model = network_class(kind)(built).to(torch.float32)
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except (
+            *(AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),
+            StrictDataclassError,
+        ) as error:
             reason = " ".join(str(error).split())
             raise RunError(f"scratch: transformers refuses the configuration ({reason[:300]}); mend it") from error
     if hollow:

@@ -60,12 +60,12 @@ def open_image(source: Path | bytes, name: str | None = None) -> Pil.Image:
         if frames != 1:
             raise DataError(f"{name}: {frames} frames; one is required, save a single frame")
         image.load()
+        return opaque(image)
     except DataError:
         raise
     except (UnidentifiedImageError, Pil.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         reason = str(error).replace("\n", " ").split("<_io")[0].strip()
         raise DataError(f"{name}: not a readable PNG, JPEG or WebP ({reason}); convert or replace the file") from None
-    return opaque(image)
 
 
 def opaque(image: Pil.Image) -> Pil.Image:

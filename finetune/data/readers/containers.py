@@ -15,7 +15,7 @@ payload is the error.
 
 import csv
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -128,10 +128,17 @@ def _text_lines(path: Path) -> Iterator[Row]:
                 yield Row(where, {"text": line})
 
 
+def _twice(names: Sequence[str]) -> str | None:
+    """A column that is there more than once: a row would keep one of them."""
+    return next((name for name in names if list(names).count(name) > 1), None)
+
+
 def _csv(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="", errors="strict") as file:
         reader = csv.DictReader(file, strict=True)
         try:
+            if twice := _twice(reader.fieldnames or ()):
+                raise csv.Error(f"two columns {twice!r:.60}")
             for row in reader:
                 where = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
@@ -149,13 +156,15 @@ def _parquet(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            if twice := _twice(file.schema_arrow.names):
+                raise ValueError(f"two columns {twice!r:.60}")
             for batch in file.iter_batches(BATCH):
                 for row in batch.to_pylist():
                     number += 1
                     yield Row(f"{path}:row {number}", row)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # bytes that are no text; odd dates
         reason = " ".join(str(error).split())[:200]
-        yield Row(f"{path}:row {number + 1}", Torn(f"not readable parquet ({reason}); fetch the file again"))
+        yield Row(f"{path}:row {number + 1}", Torn(f"not readable parquet ({reason}); mend the file or fetch it again"))
 
 
 def _arrow(folder: Path) -> Iterator[Row]:
@@ -168,7 +177,7 @@ def _arrow(folder: Path) -> Iterator[Row]:
             for row in table.to_pylist():
                 number += 1
                 yield Row(f"{folder}:row {number}", row)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError, TypeError) as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, OverflowError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         yield Row(f"{folder}:row {number + 1}", Torn(f"not a readable data set ({reason}); save it again"))
 

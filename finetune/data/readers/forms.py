@@ -69,6 +69,9 @@ def messages(row: dict, context: Context) -> Document:
         )
     for place, image in zip(places, listed, strict=True):
         place["image"] = image
+    for number, turn in enumerate(turns):
+        if not any(block["type"] == "image" or block["text"].strip() for block in turn["content"]):
+            raise DataError(f"messages[{number}]: neither words nor an image; give this turn content or remove it")
     values = []
     for turn in turns:
         for block in turn["content"]:
@@ -111,6 +114,8 @@ def _turn(turn: dict, where: str) -> dict:
         raise DataError(
             f"{where}: the speaker is {str(said)[:40]!r}; {', '.join(SPEAKERS)} are known, mend or remove the turn"
         )
+    if calls := next((key for key in ("tool_calls", "function_call") if turn.get(key)), None):
+        raise DataError(f"{where}: {calls}, which no model here can learn; text and images are read, remove the line")
     content = turn.get("content", turn.get("value"))
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(blocks, list) or not blocks:

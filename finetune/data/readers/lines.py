@@ -5,13 +5,23 @@ import json
 from jam.errors import DataError
 
 
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    """An object whose keys are all different. Raises DataError: which of two was meant cannot be known."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"key {twice[:40]!r} is there twice; once is required, remove one of the two")
+    return found
+
+
 def parse_line(raw: bytes, number: int) -> dict | None:
     """The object of line ``number`` (from 1); None for a blank line. Raises DataError without file and line."""
     try:
         line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         if not line.strip():
             return None
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_once)
         if "\\ud" in line.lower():  # half of a surrogate pair, escaped, is JSON and no text
             json.dumps(row, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:

@@ -23,11 +23,15 @@ def open_media(root: Path, file: str) -> Image.Image:
         DataError: a path that leads out of the folder; an image that is missing or cannot be read.
     """
     path = root / file
-    if "\0" in file or Path(file).is_absolute() or not path.resolve().is_relative_to(root.resolve()):
-        raise DataError(
-            f"image {file!r} lies outside {root}; a path inside the data file's folder is required, move it"
-        )
-    return open_image(path)
+    try:
+        if "\0" in file or Path(file).is_absolute() or not path.resolve().is_relative_to(root.resolve()):
+            raise DataError(
+                f"image {file!r} lies outside {root}; a path inside the data file's folder is required, move it"
+            )
+        return open_image(path)
+    except (OSError, RuntimeError) as error:  # a path too long, no leave to read; links in a circle
+        reason = error.strerror if isinstance(error, OSError) else "a circle of links"
+        raise DataError(f"image {file!r:.200}: {reason}; a file that can be read is required, check the path") from None
 
 
 def read_map(path: Path) -> dict[str, str]:
