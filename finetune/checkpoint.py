@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from finetune.restored import check_fits, check_moments, state_problem, tensors_of
+from finetune.restored import DTYPES, check_fits, check_moments, state_problem, tensors_of
 from finetune.scale.engines import Engine, Whole, laid_as, whole
 from finetune.scale.ranks import Ranks
 from jam.errors import RunError
@@ -29,13 +29,6 @@ from jam.shards import header_of, sync_path
 _FILES = ("model.safetensors", "state.json", "train/optimizer.safetensors")  # without which none can be resumed
 
 _ADAPTER = re.compile(r"\.(lora_\w+|trainable_tokens_delta)\.")
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-}
 
 
 def discard(folder: Path) -> None:
@@ -76,7 +69,7 @@ def write_tensors(path: Path, tensors: dict[str, Whole], writes: bool) -> str | 
         if writes:
             try:
                 file = ShardFile(path, hashed=True)
-                sizes = {name: (_DTYPES[t.dtype], t.shape, _bytes(t)) for name, t in tensors.items()}
+                sizes = {name: (DTYPES[t.dtype], t.shape, _bytes(t)) for name, t in tensors.items()}
                 file.append(header_of(sizes))
             except Exception as error:
                 failed = error
@@ -236,7 +229,7 @@ def load(folder: Path, model: nn.Module, engine: Engine) -> tuple[dict, dict[str
                 f"{folder}: {len(missing)} tensors missing, {len(unexpected)} unexpected; "
                 "it was made with another model, start a new output_dir"
             )
-        check_fits(file, {name: engine.weight(tensor) for name, tensor in own.items()})
+        check_fits(file, {name: engine.weight(tensor) for name, tensor in own.items()}, own.keys() - trained.keys())
         for name, tensor in own.items():
             engine.put_weight(tensor, file.get_tensor(name))
     with tensors_of(folder / "train/optimizer.safetensors") as file:

@@ -66,7 +66,7 @@ def write_final(
     For every rank at once: the first one gathers the weights into its main memory, in that dtype, and writes.
 
     Raises:
-        RunError: the folder cannot be written.
+        RunError: the folder cannot be written; a weight that is no number.
     """
     final = run / "final"
     config, dtype = trained_config(bundle, recipe), final_dtype(bundle, recipe)
@@ -81,6 +81,7 @@ def write_final(
                     save_adapter(adapted, temporary / "adapter")
                     bundle.model = merged(adapted)
                     state = _weights(bundle, dtype, engine, True)
+                _check_finite(final, state)
                 with quiet_transformers():
                     bundle.model.save_pretrained(temporary, state_dict=state)
                 _share(temporary)
@@ -89,6 +90,8 @@ def write_final(
                     own_record(temporary)
                 checkpoint.discard(final)
                 os.rename(temporary, final)
+            except RunError:
+                raise
             except Exception as error:
                 first = error.args[0][0][-1] if isinstance(error, shutil.Error) else error  # copytree lists every file
                 reason = " ".join(str(first).split())
@@ -109,6 +112,17 @@ def _weights(bundle: Bundle, dtype: torch.dtype, engine: Engine, keep: bool) -> 
             full = engine.weight(tensor).read()
             read[id(tensor)] = full.to(dtype) if keep else full.new_empty(0)
     return {name: read[id(tensor)] for name, tensor in state.items()} if keep else {}
+
+
+def _check_finite(final: Path, state: dict[str, Tensor]) -> None:
+    """Raises RunError: the last step broke a weight, or it is too great for the type that it is written in."""
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise RunError(
+                f"{final}: {name} has numbers that are not finite as {str(tensor.dtype).removeprefix('torch.')}; "
+                "weights must be, nothing was written, checkpoints stay: lower optim.lr, or write a wider dtype into "
+                "the model's config.json"
+            )
 
 
 def _side_files(folder: Path, bundle: Bundle, recipe: FinetuneRecipe, steps: int) -> None:

@@ -6,15 +6,23 @@ and a state of another step would train other data.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from finetune.scale.engines import Whole
 from jam.errors import RunError
 
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+}
 ADAM = {"step", "exp_avg", "exp_avg_sq"}  # what torch keeps of a parameter
 MUON = {"momentum_buffer"}
 
@@ -51,14 +59,19 @@ def tensors_of(path: Path) -> Iterator[safe_open]:
         raise RunError(f"{path}: no file of tensors ({error}); remove the folder to go on from an older one") from None
 
 
-def check_fits(file: safe_open, own: Mapping[str, Whole]) -> None:
-    """Raises RunError where a tensor of the file has another shape than the run's, or numbers of another kind."""
+def check_fits(file: safe_open, own: Mapping[str, Whole], frozen: Collection[str] = ()) -> None:
+    """Raises RunError where a tensor of the file has another shape than the run's, or another type.
+
+    Args:
+        frozen: names of tensors that may lie in bfloat16 on either side, as ``hold_frozen_in_bf16`` leaves them.
+    """
     for name, tensor in own.items():
-        _check(file, name, list(tensor.shape), tensor.dtype.is_floating_point)
+        either = name in frozen and tensor.dtype.is_floating_point
+        _check(file, name, list(tensor.shape), ("F32", "BF16") if either else (DTYPES[tensor.dtype],))
 
 
 def check_moments(file: safe_open, keys: Mapping[str, list[str]], own: Mapping[str, Whole], by_muon: set[str]) -> None:
-    """Raises RunError where a parameter's moments are those of another optimizer or have another shape.
+    """Raises RunError where a parameter's moments are those of another optimizer or have another shape or type.
 
     Args:
         keys: what the file has of each parameter.
@@ -71,14 +84,14 @@ def check_moments(file: safe_open, keys: Mapping[str, list[str]], own: Mapping[s
                 f"{', '.join(sorted(wanted))}; resume with the recipe that made it, or start a new output_dir"
             )
         for key in found:
-            _check(file, f"{name}.{key}", [] if key == "step" else list(own[name].shape), True)
+            _check(file, f"{name}.{key}", [] if key == "step" else list(own[name].shape), ("F32",))
 
 
-def _check(file: safe_open, name: str, shape: list[int], floats: bool) -> None:
+def _check(file: safe_open, name: str, shape: list[int], kinds: tuple[str, ...]) -> None:
     tensor = file.get_slice(name)
     found, kind = tensor.get_shape(), tensor.get_dtype()
-    if found != shape or kind.startswith(("F", "BF")) != floats:
+    if found != shape or kind not in kinds:
         raise RunError(
-            f"the checkpoint's {name} is {kind} {found}, {shape} is required; it was made with another model, start a "
-            "new output_dir"
+            f"the checkpoint's {name} is {kind} {found}, {' or '.join(kinds)} {shape} is required; it was made with "
+            "another model, start a new output_dir"
         )

@@ -15,6 +15,7 @@ from jam.errors import DataError, GenerationError
 
 Role = Literal["document", "user", "assistant"]
 MARKER = "<image>"
+MOST_WEIGHT = 1000  # of a message's loss
 Hole = Literal["text", "image"]
 
 
@@ -117,8 +118,10 @@ def _weight(raw: dict, default: float, where: str) -> float:
     found = raw.get("weight")
     if found is None:
         return default
-    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= 1000:
-        raise DataError(f"{where}.weight is {found!r:.40}; a number from 0 to 1000 is required, mend or remove it")
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= MOST_WEIGHT:
+        raise DataError(
+            f"{where}.weight is {found!r:.40}; a number from 0 to {MOST_WEIGHT} is required, mend or remove it"
+        )
     return float(found)
 
 

@@ -217,8 +217,8 @@ class _Shard:
             raise DataError(f"{index}: not the index of a shard; restore it or prepare the source again")
         arrays = {name: np.memmap(index, _ARRAYS[name][1], "r", info.begin, info.shape) for name, info in infos.items()}
         shard = cls(folder / f"{name}.bin", dtype, **arrays)
-        size = (folder / f"{name}.bin").stat().st_size
-        if not len(shard.offsets) == len(shard.run_offsets) > 1 or int(shard.offsets[-1]) * shard.ids.itemsize != size:
+        size, width = (folder / f"{name}.bin").stat().st_size, np.dtype(dtype).itemsize
+        if not len(shard.offsets) == len(shard.run_offsets) > 1 or int(shard.offsets[-1]) * width != size:
             raise DataError(f"{index}: does not fit {name}.bin; restore both or prepare the source again")
         return shard
 
@@ -270,11 +270,13 @@ class Shards:
         return f"{self.shards[number].path}: document {index}"
 
     def lengths(self) -> np.ndarray:
-        """int64 [D]: tokens of every document."""
-        return np.concatenate([np.diff(shard.offsets) for shard in self.shards])
+        """int64 [D]: tokens of every document. Raises DataError where an index was altered."""
+        return np.concatenate([_steps(shard, shard.offsets) for shard in self.shards])
 
     def with_images(self) -> np.ndarray:
-        """bool [D]: which documents have an image."""
+        """bool [D]: which documents have an image. Raises DataError where an index was altered."""
+        for shard in self.shards:
+            _steps(shard, shard.run_offsets)
         return np.concatenate(
             [np.logical_or.reduceat(shard.heads == IMAGE_HEAD, shard.run_offsets[:-1]) for shard in self.shards]
         )
@@ -294,6 +296,17 @@ class Shards:
             )
 
 
+def _steps(shard: _Shard, offsets: np.ndarray) -> np.ndarray:
+    """int64 [D]: how many tokens or runs every document has; one has none or fewer only where the index was altered."""
+    ends = shard.offsets[-1] if offsets is shard.offsets else len(shard.heads)
+    found = np.diff(offsets)
+    if offsets[0] != 0 or offsets[-1] != ends or (found <= 0).any():
+        raise DataError(
+            f"{shard.path.with_suffix('.idx')}: altered, its documents are not in order; run jam data check"
+        )
+    return found
+
+
 def _record(folder: Path) -> tuple[dict, list[str]]:
     """source.json and the names of the shards. Raises DataError for one that is missing or damaged."""
     path = folder / RECORD
@@ -310,7 +323,9 @@ def _record(folder: Path) -> tuple[dict, list[str]]:
             raise ValueError("its list of files is not one of shards")
         if raw["dtype"] not in DTYPES:
             raise ValueError(f"dtype {raw['dtype']!r:.40}")
-        Counts(**raw["counts"]), Identity(**raw["hashes"]), dict(raw["reader"])
+        counts, _, _ = Counts(**raw["counts"]), Identity(**raw["hashes"]), dict(raw["reader"])
+        if not all(type(number) is int and number >= 0 for number in asdict(counts).values()):
+            raise ValueError("a count is no whole number")
     except (CheckpointError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged ({error}); restore it or prepare the source again") from None
     return raw, [name.removesuffix(".bin") for name in expected[::2]]

@@ -21,7 +21,7 @@ from finetune.data.shards import RECORD, Shards, open_shards
 from finetune.recipe import Source as SourceRecipe
 from jam.assets import DATA
 from jam.digest import sha256_of
-from jam.document import CodesPart, Document, ImagePart, TextPart, from_messages
+from jam.document import MOST_WEIGHT, CodesPart, Document, ImagePart, TextPart, from_messages
 from jam.errors import DataError
 from jam.models.load import Bundle
 from jam.tokens.image import ImageTokenizer
@@ -205,8 +205,8 @@ def _sound(shards: Shards, index: int, kinds: np.ndarray) -> Tokens:
     beyond = (tokens.ids < 0) | (tokens.ids >= len(kinds))
     if not len(tokens) or beyond.any():
         what = f"id {int(tokens.ids[beyond][0])} of a vocabulary of {len(kinds)}" if len(tokens) else "no tokens"
-    elif not (np.isfinite(tokens.weights).all() and (tokens.weights >= 0).all()):
-        what = "a loss weight that is negative or no number"
+    elif not ((tokens.weights >= 0) & (tokens.weights <= MOST_WEIGHT)).all():  # false of what is no number
+        what = "a loss weight that is negative, too great or no number"
     elif ((tokens.heads == IMAGE_HEAD) < (kinds[tokens.ids] == IMAGE)).any() or (tokens.heads > IMAGE_HEAD).any():
         what = "a token under the wrong head"
     else:

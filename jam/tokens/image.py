@@ -70,13 +70,23 @@ def open_image(source: Path | bytes, name: str | None = None) -> Pil.Image:
 
 def opaque(image: Pil.Image) -> Pil.Image:
     """The image in RGB, EXIF orientation applied, transparency put on white."""
-    image = ImageOps.exif_transpose(image)
+    image = _eight_bits(ImageOps.exif_transpose(image))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Pil.new("RGBA", image.size, "white")
         white.alpha_composite(image)
         image = white
     return image.convert("RGB")
+
+
+def _eight_bits(image: Pil.Image) -> Pil.Image:
+    """Grey of 16 bits by its high byte, as colours of 16 bits are read; Pillow's own conversion cuts it at 255."""
+    if not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image)
+    grey = Pil.fromarray((values >> 8).astype(np.uint8))
+    clear = image.info.get("transparency")
+    return grey if clear is None else Pil.merge("LA", (grey, Pil.fromarray(np.uint8(255) * (values != clear))))
 
 
 class ImageSizes(Protocol):
