@@ -324,3 +324,22 @@ def test_a_line_break_in_a_key_stays_in_its_line(tmp_path: Path) -> None:
     assert len(found) == 2
     assert found[0].startswith(r'override "se\ned=1": se\ned: unknown key; did you mean "seed"?')
     assert r"\x1b" in found[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.mix.text.weight=1e308", "must be less than or equal to"),
+        ("data.mix.text.loss.text=1e38", "from 0.0001 to 10000"),
+        ("loss.text=1e-12", "from 0.0001 to 10000"),
+        ("optim.lr=1e308", "must be less than or equal to"),
+        ("optim.groups=[{match: a, lr_mul: 1e308}]", "must be less than or equal to"),
+        ("seed=18446744073709551615", "must be less than or equal to"),
+        ("train.global_batch_size=1000000000000000000", "must be less than or equal to"),
+        ('output_dir=""', "an empty path"),
+        ('model=""', "an empty path"),
+    ],
+)
+def test_numbers_beyond_what_training_computes_with_and_empty_paths_are_refused(tmp_path, override, message):
+    (found,) = mistakes(write(tmp_path, GOOD), overrides=(override,))
+    assert override.split("=")[0].split(".")[-1] in found and message in found, found

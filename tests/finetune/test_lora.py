@@ -161,3 +161,8 @@ def test_what_does_not_hold_is_refused_in_one_line(folders, tmp_path):
     raw["optim"]["groups"] = [{"match": r"q_proj\.weight$", "lr_mul": 2.0}]  # of the base: frozen
     with pytest.raises(RunError, match="match no parameter"):
         run_finetune(FinetuneRecipe.model_validate(raw))
+
+
+def test_a_rank_that_no_map_has_is_refused(folders):
+    with pytest.raises(RunError, match="no map that it adapts has a rank above 32"):
+        adapt(load_bundle(folders["opt"]), LoraSection(r=10**15), 0)

@@ -22,6 +22,7 @@ from finetune.order.plan import PackedSource, Plan
 from finetune.recipe import FinetuneRecipe
 from finetune.recipe import Source as SourceRecipe
 from jam.errors import DataError, JamError
+from jam.header import read_header
 from jam.models.load import Bundle, load_bundle
 from jam.tokens.render import Tokens, parse, render
 from jam.tokens.vocabulary import Span, Vocabulary
@@ -295,8 +296,11 @@ def test_damage_is_said_on_opening(prepared):
         b"[]",
         record.replace(b"shard-00000.bin", b"/etc/passwd"),
         record.replace(b"uint16", b"O"),
+        record.replace(b'"images": 0', b'"images": "0"'),
     ):
         assert "damaged" in opened("source.json", bad)
+    odd = {**files, "source.json": record.replace(b"uint16", b"uint32")}
+    assert "does not fit" in opened("source.json", odd["source.json"])
     swapped = json.loads(record)
     swapped["counts"]["documents"] += 1
     assert "documents, source.json says" in opened("source.json", json.dumps(swapped).encode())
@@ -384,3 +388,15 @@ def test_photographs_wait_small(tmp_path, model, with_model, monkeypatch):
     monkeypatch.setattr(renderer, "_prepared", spy)
     assert [outcome.error for outcome in renderer(0, list(rows_of(tmp_path / "m.jsonl")))] == [None]
     assert sizes == [(model.image.resolution,) * 2 if with_model else (1, 1)] * 2
+
+
+@pytest.mark.parametrize(("array", "value"), [("offsets", -7), ("offsets", 1 << 62), ("run_offsets", 1 << 62)])
+def test_an_index_out_of_order_is_no_count_of_lengths(prepared, array, value):
+    path = prepared / "shard-00000.idx"
+    info = next(info for info in read_header(path) if info.name == array)
+    with path.open("r+b") as file:
+        file.seek(info.begin + 8)
+        file.write(np.array(value, "<i8").tobytes())
+    shards = open_shards(prepared)
+    with pytest.raises(DataError, match=r"shard-00000\.idx: altered"):
+        shards.lengths() if array == "offsets" else shards.with_images()

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from finetune.data.readers import FORMS, Context, Media, read_map, rows_of
 from jam.document import CodesPart, Document, ImagePart, TextPart
@@ -174,6 +176,10 @@ def chat(*contents: object, **more: object) -> dict:
         (chat("<image>", "x", images=["red.png"], image="red.png"), "'images' and 'image' are both there"),
         (chat("hm", "x", images=[3]), "an image is a int; a path, bytes"),
         (chat("hm"), "no turn of the assistant"),
+        (chat("hm", ""), r"messages\[1\]: neither words nor an image"),
+        (chat(" \n", "x"), r"messages\[0\]: neither words nor an image"),
+        (chat("hm", "x", images=["loop.png"]), "a circle of links"),
+        (chat("hm", "x", images=["a" * 5000 + ".png"]), "File name too long"),
         ({"messages": []}, "expected a non-empty list of turns"),
         ({"turns": 1}, "expected a non-empty list of turns"),
         ({"messages": [{"role": "system", "content": "be good"}]}, "the speaker is 'system'; human, user"),
@@ -197,6 +203,7 @@ def test_bad_messages_are_named_with_file_and_line(root, row, message):
     data.mkdir()
     (root / "red.png").rename(data / "red.png")
     (data / "link.png").symlink_to(root / "blue.png")
+    (data / "loop.png").symlink_to("loop.png")
     if "bomb.png" in str(row):
         Image.new("1", (13_000, 13_000)).save(data / "bomb.png")
     good, found = read("messages", lines(data / "m.jsonl", chat("hi", "ho"), row))
@@ -389,3 +396,28 @@ def test_an_image_map_is_checked(tmp_path):
         read_map(lines(tmp_path / "map.jsonl", {"url": "a", "path": "b"}, {"url": "a"}))
     with pytest.raises(DataError, match="no such image map"):
         read_map(tmp_path / "none")
+
+
+def test_a_call_of_a_tool_is_no_reply(tmp_path):
+    said = {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}
+    (found,) = read("messages", lines(tmp_path / "m.jsonl", {"messages": [{"role": "user", "content": "hm"}, said]}))
+    assert "m.jsonl:1: messages[1]: tool_calls" in found
+
+
+def test_what_is_named_twice_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "text": "b"}\n')
+    (tmp_path / "a.csv").write_text("text,text\na,b\n")
+    parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "a.parquet")
+    for name, message in (("jsonl", "key 'text' is there twice"), ("csv", "two columns"), ("parquet", "two columns")):
+        (found,) = read("text", tmp_path / f"a.{name}")
+        assert message in found, found
+
+
+def test_a_table_with_values_that_python_has_not_is_torn(tmp_path):
+    offsets = pyarrow.py_buffer(np.array([0, 2], "<i4").tobytes())
+    bytes_ = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, pyarrow.py_buffer(b"\xff\xfe")])
+    late = pyarrow.array([2**31 - 1], pyarrow.date32())
+    for column in (bytes_, late):
+        parquet.write_table(pyarrow.table({"text": ["a"], "other": column}), tmp_path / "a.parquet")
+        (found,) = read("text", tmp_path / "a.parquet")
+        assert "a.parquet:row 1: not readable parquet" in found

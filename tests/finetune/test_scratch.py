@@ -226,3 +226,18 @@ def test_a_folder_with_another_tokenizer_is_refused(tmp_path):
     edit_json(image / "image_tokenizer/config.json", {"n_embed": 8})
     with pytest.raises(CheckpointError):
         scratch_bundle(image, ScratchSection(**SHAPE), 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"dropout": "x"}, "transformers refuses the configuration"),
+        ({"pad_token_id": 99_999}, "transformers refuses the configuration"),
+        ({"dtype": "int8"}, "dtype is 'int8'; one of float32"),
+    ],
+)
+def test_a_setting_that_makes_no_network_is_one_line_before_the_first_step(tmp_path, config, message):
+    tiny_pair(tmp_path)
+    with pytest.raises(RunError, match=message) as caught:
+        run_finetune(recipe_of(tmp_path, config=config))
+    assert "\n" not in str(caught.value) and not list((tmp_path / "run").glob("checkpoint-*"))

@@ -133,7 +133,10 @@ def test_an_altered_byte_within_the_vocabulary_is_found_by_the_check_alone(model
     assert "were written; restore it" in trained(model, capsys, {"mine": entry("shards", prepared)})[1]
 
 
-@pytest.mark.parametrize(("array", "value", "message"), [("weights", np.nan, "no number"), ("heads", 7, "wrong head")])
+@pytest.mark.parametrize(
+    ("array", "value", "message"),
+    [("weights", np.nan, "no number"), ("weights", 3e38, "too great"), ("heads", 7, "wrong head")],
+)
 def test_an_altered_index_is_named(model, prepared, capsys, array, value, message):
     path = prepared / "shard-00000.idx"
     info = next(info for info in read_header(path) if info.name == array)

@@ -1,15 +1,17 @@
 """Laws of training: packing changes no loss, micro-batches add up, kills and resumes change nothing."""
 
 import errno
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from finetune import checkpoint
 from finetune.loss import cross_entropy
@@ -280,3 +282,112 @@ def test_a_setting_newer_than_the_checkpoint_had_its_default_and_an_older_one_is
     ]
     recorded["objective"]["gone"] = 1
     assert "objective.gone: was 1, is None" in changed_settings(recorded, recipe)
+
+
+def shift(step: int, **changes: object) -> Callable[[Path], None]:
+    """Rewrites state.json of a checkpoint, and its hash."""
+
+    def change(folder: Path) -> None:
+        state = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(state | {"step": step} | changes))
+
+    return change
+
+
+def reshaped(name: str, shape: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    """Rewrites the first matrix of a file of tensors."""
+
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / name)
+        key = min(key for key, tensor in tensors.items() if tensor.dim() == 2)
+        save_file(tensors | {key: shape(tensors[key]).contiguous()}, folder / name)
+
+    return change
+
+
+def hashed_again(folder: Path) -> None:
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    for name in manifest:
+        data = (folder / name).read_bytes()
+        manifest[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory) -> Path:
+    """A run of five steps with an average, and checkpoints 2, 4 and 5; the recipe lies beside it."""
+    root = tmp_path_factory.mktemp("averaged")
+    tiny_pair(root)
+    raw = recipe_for(root).model_dump(mode="json")
+    raw |= {"save": {"every": 2, "keep": 9}}
+    raw["train"] |= {"steps": 5, "ema": 0.9}
+    (root / "raw.json").write_text(json.dumps(raw))
+    run_finetune(FinetuneRecipe.model_validate(raw))
+    return root
+
+
+def resumable(averaged: Path, tmp_path: Path, **train: object) -> tuple[FinetuneRecipe, Path]:
+    """A copy of the run that has checkpoints 2 and 4 alone."""
+    raw = json.loads((averaged / "raw.json").read_text())
+    shutil.copytree(averaged / "run", tmp_path / "run", symlinks=True)
+    for name in ("checkpoint-5", "final"):
+        shutil.rmtree(tmp_path / "run" / name)
+    raw["train"] |= train
+    allow = [f"train.{name}" for name in train]
+    recipe = FinetuneRecipe.model_validate(raw | {"output_dir": str(tmp_path / "run"), "resume_allow": allow})
+    return recipe, tmp_path / "run/checkpoint-4"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [shift(3), shift(-1), shift("4"), shift(4, tokens=None), shift(4, settings=[]), shift(4, read=["x"])],
+)
+def test_a_state_that_is_of_another_step_or_no_state_is_skipped_aloud(averaged, tmp_path, change):
+    """Its hash may fit: what a state says is looked at too."""
+    _, folder = resumable(averaged, tmp_path)
+    change(folder)
+    hashed_again(folder)
+    lines: list[str] = []
+    assert checkpoint.newest(folder.parent, lines.append) == folder.with_name("checkpoint-2")
+    assert len(lines) == 1 and "its state.json" in lines[0]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "train/optimizer.safetensors", "train/ema.safetensors"])
+@pytest.mark.parametrize("shape", [lambda t: t[:1], lambda t: t[0, 0], lambda t: t.half()], ids=["row", "one", "half"])
+def test_tensors_of_another_shape_or_type_are_refused_and_never_spread(averaged, tmp_path, name, shape):
+    recipe, folder = resumable(averaged, tmp_path)
+    reshaped(name, shape)(folder)
+    hashed_again(folder)
+    with pytest.raises(RunError, match=r"the checkpoint's .* is F(16|32) \[.*\], F32 \[.*\] is required"):
+        run_finetune(recipe)
+    assert not (folder.parent / "final").exists()
+
+
+def test_moments_of_another_optimizer_are_refused(averaged, tmp_path):
+    recipe, _ = resumable(averaged, tmp_path)
+    other = recipe.model_dump(mode="json") | {"resume_allow": ["optim"]}
+    other["optim"] |= {"name": "muon"}
+    with pytest.raises(RunError, match=r"keeps exp_avg, exp_avg_sq, step of .*, this run's momentum_buffer"):
+        run_finetune(FinetuneRecipe.model_validate(other))
+
+
+def test_an_average_may_be_given_up_on_the_way(averaged, tmp_path):
+    recipe, _ = resumable(averaged, tmp_path, ema=None)
+    assert run_finetune(recipe).is_dir()
+
+
+def test_a_run_is_not_cut_shorter_than_it_went(averaged, tmp_path):
+    recipe, _ = resumable(averaged, tmp_path, steps=3)
+    with pytest.raises(RunError, match="is 4 steps into a run of 3"):
+        run_finetune(recipe)
+
+
+def test_weights_that_are_no_numbers_are_never_the_final_ones(tmp_path):
+    """A decay that overflows breaks them in the last step, which no loss sees any more."""
+    tiny_pair(tmp_path)
+    raw = recipe_for(tmp_path).model_dump(mode="json")
+    raw["train"] |= {"steps": 1}
+    raw["optim"] |= {"weight_decay": 1e308, "warmup": 0}
+    with pytest.raises(RunError, match="has numbers that are not finite as float32"):
+        run_finetune(FinetuneRecipe.model_validate(raw))
+    assert not (tmp_path / "run/final").exists() and not list((tmp_path / "run").glob(".final*"))
