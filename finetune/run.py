@@ -145,6 +145,19 @@ def choose_attention(recipe: FinetuneRecipe) -> str:
     return {"auto": DOCUMENTS, "documents": DOCUMENTS}.get(recipe.train.attention, recipe.train.attention)
 
 
+def _check_same(recipe: FinetuneRecipe, ranks: Ranks) -> None:
+    """Raises RunError where a rank was started with another recipe than the first one: they would wait for each other,
+    or train on different data. Where the model and the run lie may differ from machine to machine."""
+    own = recipe.model_dump(mode="json", exclude={"model", "output_dir"})
+    first = ranks.told(own)
+    with ranks.together():
+        if differing := _differences(first, own):
+            raise RunError(
+                f"rank {ranks.number} was started with other settings than rank 0 ({'; '.join(differing)}); one recipe "
+                "is required on all, start every process with the same command"
+            )
+
+
 def _context(bundle: Bundle, recipe: FinetuneRecipe) -> int:
     context = bundle.model.config.max_position_embeddings
     if recipe.data.seq_len > context:
@@ -260,6 +273,7 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
         torch.set_num_threads(recipe.train.threads)
     accelerator = start_processes()
     ranks = Ranks()
+    _check_same(recipe, ranks)
     with ExitStack() as held:
         with ranks.together():
             if ranks.first:  # the folder is its business alone; the other ranks only read

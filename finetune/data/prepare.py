@@ -6,6 +6,7 @@ appears by rename. A run that goes on begins with the chunk that its last whole 
 bytes as one that was never killed.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -116,7 +117,7 @@ def prepare(job: Job) -> Counts:
     """Writes a prepared source.
 
     Raises:
-        DataError: bad rows, each with file and line; no documents; a folder that is there already.
+        DataError: bad rows, each with file and line; no documents; a folder that is there already; a full disk.
         JamError: another process writes the same folder.
     """
     out, source = job.out, job.reading.source
@@ -146,6 +147,13 @@ def prepare(job: Job) -> Counts:
         finally:
             progress.writer.drop()
         _finish(job, progress)
+    except OSError as error:  # what Python writes behind a buffer names no file
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DataError(
+            f"{out}: could not be written ({error.strerror}); room on its disk is required, whole shards stay; free "
+            "space and run again to go on after them"
+        ) from error
     finally:
         lock.release()
     return progress.total

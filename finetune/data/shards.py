@@ -182,8 +182,10 @@ class ShardWriter:
         return [Shard.of(self._path, self._digest.hexdigest()), Shard.of(index, hashlib.sha256(data).hexdigest())]
 
     def drop(self) -> None:
-        self._file.close()
-        Path(self._file.name).unlink(missing_ok=True)
+        try:
+            self._file.close()
+        finally:  # what a full disk did not take is written again on closing
+            Path(self._file.name).unlink(missing_ok=True)
 
 
 def read_counts(index: Path) -> Counts:

@@ -15,7 +15,7 @@ from finetune.data import rendering
 from finetune.data.prepare import Job, prepare
 from finetune.data.readers import rows_of
 from finetune.data.rendering import Reading, Tokenizers
-from finetune.data.shards import altered, dtype_for, open_shards, runs_of
+from finetune.data.shards import ShardWriter, altered, dtype_for, open_shards, runs_of
 from finetune.data.sources import open_source, pieces
 from finetune.order.pack import collate
 from finetune.order.plan import PackedSource, Plan
@@ -400,3 +400,22 @@ def test_an_index_out_of_order_is_no_count_of_lengths(prepared, array, value):
     shards = open_shards(prepared)
     with pytest.raises(DataError, match=r"shard-00000\.idx: altered"):
         shards.lengths() if array == "offsets" else shards.with_images()
+
+
+def test_a_full_disk_is_one_line_with_the_folder_and_the_next_run_goes_on(tmp_path, model, captions, monkeypatch):
+    job = Job(Reading(captions, "captions"), model, tmp_path / "out", shard_bytes=200)
+    straight = Job(Reading(captions, "captions"), model, tmp_path / "straight", shard_bytes=200)
+    prepare(straight)
+    finish, done = ShardWriter.finish, []
+
+    def full(writer: ShardWriter) -> list:
+        if len(done) == 2:
+            os.dup2(os.open("/dev/full", os.O_WRONLY), writer._file.fileno())  # what is buffered finds no room
+        return done.append(writer.name) or finish(writer)
+
+    with monkeypatch.context() as patched, pytest.raises(DataError, match=r"out: could not be written \(No space left"):
+        patched.setattr(ShardWriter, "finish", full)
+        prepare(job)
+    assert not job.out.exists() and not list(tmp_path.glob(".out*/*.tmp"))
+    prepare(job)
+    assert bytes_of(job.out) == bytes_of(straight.out)

@@ -146,3 +146,12 @@ def voices(file: str) -> None:
     ranks._LEAVE_AFTER = timedelta(seconds=1)  # forked processes do not tell that they leave
     with engine("fsdp2"):
         assert main(["finetune", file, "model=nowhere"]) == 2
+
+
+def differ(file: str, run: str) -> None:
+    """One rank was given another seed and saves at other steps: they would wait for each other."""
+    changes = {"seed": 5, "save": {"every": 3}} if os.environ["RANK"] == "1" else {}
+    with engine("ddp"):
+        found = ended(recipe_of(Path(file), output_dir=run, **changes))
+    assert isinstance(found, JamError)
+    assert "rank 1 was started with other settings than rank 0" in str(found) and "seed: was " in str(found)

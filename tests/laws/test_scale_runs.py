@@ -106,3 +106,8 @@ def test_zero_3_goes_on_with_one_process_and_trains_the_same(tmp_path):
         torch.testing.assert_close(final_weights(tmp_path / "run/final")[name], tensor, rtol=1e-4, atol=2e-5)
     losses = [[line["loss"] for line in log_lines(tmp_path / run)] for run in ("straight", "run")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_rank_with_another_recipe_is_refused_before_anything_is_written(tmp_path):
+    launch(2, tmp_path / "ranks", "tests.laws.scale_runs:differ", written(tmp_path), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
