@@ -93,7 +93,7 @@ class Trainer:
         loss = TokenLoss(self.bundle, recipe.loss, recipe.objective.own_codes)
         self.model, self.optimizer = self.engine.wrap(loss, self._build)
         if recipe.train.ema is not None and self.ema is None:
-            self.ema = {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
+            self.start_average()
 
     def _check(self) -> None:
         """Raises RunError for what cannot be shared out over these ranks, or does not hold for shards."""
@@ -117,6 +117,11 @@ class Trainer:
                 f"{wrong[0]} over {self.engine.name}, which shards the weights that it needs whole; run on one device "
                 "or under DDP, or remove it"
             )
+
+    def start_average(self) -> None:
+        """The average of the weights begins with those that the model has."""
+        named = self.bundle.model.named_parameters()
+        self.ema = {name: p.detach().clone() for name, p in named if p.requires_grad}
 
     def _build(self) -> torch.optim.Optimizer:
         optimizer = build_optimizer(self.bundle.model, self.recipe.optim, self.recipe.lora is not None)

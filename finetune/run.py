@@ -190,8 +190,10 @@ def _resume(
             "train.steps or train.tokens, or choose another output_dir"
         )
     trainer.step, trainer.tokens = state["step"], state["tokens"]
-    if trainer.ema is not None and ema is not None:  # resume_allow lets an average come and go
+    if trainer.ema is not None:  # resume_allow lets an average come and go
         trainer.ema = ema
+        if ema is None:
+            trainer.start_average()  # from the checkpoint's weights, no longer the base's
     read = state.get("read", [])
     same = len(read) == len(trainer.plan.sources)
     if same:

@@ -334,6 +334,7 @@ def test_members_of_an_archive_are_validated(tmp_path):
         *((info("link.png", tarfile.SYMTYPE), b""), (info("link.txt"), b"x")),
         *((info("big.png"), b"0" * 20_000_001), (info("big.txt"), b"x")),
         *((info("two.txt"), b"x"), (info("two.txt"), b"y"), (info("two.png"), png("red"))),
+        *((info("both.jpg"), png("red")), (info("both.png"), png("red")), (info("both.txt"), b"x")),
         *((info("latin.png"), png("red")), (info("latin.txt"), b"\xe9")),
         *((info("torn.png"), png("red")[:40]), (info("torn.txt"), b"x")),
         *((info("alone.png"), png("red")),),
@@ -341,9 +342,17 @@ def test_members_of_an_archive_are_validated(tmp_path):
     )
     good, *bad = read("captions", source)
     assert seen(good)[1][1] == "red"
-    expected = ["leads out", "a link or device", "at most", "two members .txt", "not UTF-8", "not a readable PNG"]
+    expected = [
+        "leads out",
+        "a link or device",
+        "at most",
+        "two members .txt",
+        "beside one .jpg",
+        "not UTF-8",
+        "not a readable PNG",
+    ]
     expected += ["'caption' or 'text' or 'txt' is missing", "no image; one of"]
-    names = ["../up", "link", "big", "two", "latin", "torn", "alone", "text"]
+    names = ["../up", "link", "big", "two", "both", "latin", "torn", "alone", "text"]
     assert len(bad) == len(expected)
     for line, name, message in zip(bad, names, expected, strict=True):
         assert line.startswith(f"{source}:{name}: ") and message in line, line

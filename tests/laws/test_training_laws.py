@@ -376,6 +376,29 @@ def test_an_average_may_be_given_up_on_the_way(averaged, tmp_path):
     assert run_finetune(recipe).is_dir()
 
 
+def test_an_average_that_begins_on_the_way_begins_with_the_weights_of_then(averaged, tmp_path):
+    recipe, folder = resumable(averaged, tmp_path, ema=None)
+    run_finetune(recipe)
+    last = checkpoint.listed(folder.parent)[0]
+    shutil.rmtree(last)
+    shutil.rmtree(folder.parent / "final")
+    state = json.loads((folder / "state.json").read_text())
+    state["settings"]["train"]["ema"] = None  # as a run without an average leaves it
+    (folder / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    del manifest["train/ema.safetensors"]
+    (folder / "train/ema.safetensors").unlink()
+    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+    hashed_again(folder)
+    again = recipe.model_dump(mode="json")
+    again["train"]["ema"] = 0.9
+    run_finetune(FinetuneRecipe.model_validate(again))
+    before, after = (load_file(one / "model.safetensors") for one in (folder, last))
+    decay = (1 + 4) / (10 + 4)  # of the fifth step
+    for name, found in load_file(last / "train/ema.safetensors").items():
+        torch.testing.assert_close(found, before[name].lerp(after[name], 1 - decay))
+
+
 def test_a_run_is_not_cut_shorter_than_it_went(averaged, tmp_path):
     recipe, _ = resumable(averaged, tmp_path, steps=3)
     with pytest.raises(RunError, match="is 4 steps into a run of 3"):

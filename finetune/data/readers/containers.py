@@ -15,7 +15,7 @@ payload is the error.
 
 import csv
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -203,7 +203,7 @@ def _tar(path: Path) -> Iterator[Row]:
                     yield row()
                     held = {}
                 key, suffix = own, suffix.lower()
-                problem = _member_problem(member, name) or (f"two members .{suffix}" if suffix in held else None)
+                problem = _member_problem(member, name) or _second(suffix, held)
                 if problem:
                     held[suffix] = DataError(f"member {member.name!r:.200}: {problem}; mend the archive")
                 elif suffix in (*IMAGES, *TEXTS, "json"):
@@ -221,6 +221,15 @@ def _member_problem(member: tarfile.TarInfo, name: PurePosixPath) -> str | None:
     if name.is_absolute() or ".." in name.parts or "\0" in member.name:
         return "a path that leads out of the archive"
     return f"{member.size} bytes, at most {MAX_BYTES} are read" if member.size > MAX_BYTES else None
+
+
+def _second(suffix: str, held: Container[str]) -> str | None:
+    """Which of two images or captions of a row was meant cannot be known."""
+    kind = next((kind for kind in (IMAGES, TEXTS) if suffix in kind), (suffix,))
+    other = next((one for one in kind if one in held), None)
+    if other is None:
+        return None
+    return f"two members .{suffix}" if other == suffix else f"beside one .{other}; one of them is required"
 
 
 def _member(suffix: str, data: bytes) -> object:
