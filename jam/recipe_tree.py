@@ -189,7 +189,7 @@ def lay_override(tree: Tree, text: str, origin: Origin) -> None:
         node = _compose(value_text, Path("value"))
     except RecipeError as error:
         problem = str(error).partition("YAML syntax: ")[2].partition("; required")[0]
-        tree.mistake(tuple(parts), f"YAML syntax: {problem}; put special characters in quotes", origin)
+        tree.mistake(tuple(parts), f"YAML syntax: {problem}; put special characters in single quotes", origin)
         tree.unread.add(tuple(parts))
         return
     value = None if node is None else _plain(node, tuple(parts), scratch)

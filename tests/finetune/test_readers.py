@@ -16,6 +16,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from finetune.data.readers import FORMS, Context, Media, read_map, rows_of
+from finetune.data.readers.containers import Torn
 from jam.document import CodesPart, Document, ImagePart, TextPart
 from jam.errors import DataError
 
@@ -261,6 +262,16 @@ def test_plain_text_is_a_document_a_line(tmp_path):
     assert [line for line in found if isinstance(line, str)] == [
         f"{tmp_path}/t.txt:4: not UTF-8 (invalid start byte); save the file as UTF-8"
     ]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_array_is_one_mistake(tmp_path, indent):
+    path = tmp_path / "llava.json"
+    path.write_text(json.dumps([{"text": "a"}, {"text": "b"}], indent=indent))
+    (row,) = rows_of(path)
+    assert row.where == f"{path}:1"
+    with pytest.raises(Torn, match=r"^a JSON array; an object a line is required"):
+        row.fields()
 
 
 def test_pages_of_obelics(root):

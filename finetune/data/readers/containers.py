@@ -112,6 +112,10 @@ def _folder(folder: Path) -> Iterator[Row]:
 def _json_lines(path: Path) -> Iterator[Row]:
     with path.open("rb") as lines:
         for number, raw in enumerate(lines, 1):
+            if number == 1 and raw.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                # LLaVA's own files are one array: every line of it would be an error of its own
+                yield Row(f"{path}:1", Torn("a JSON array; an object a line is required, write it as jq -c '.[]' does"))
+                return
             yield Row(f"{path}:{number}", raw, number)
 
 
