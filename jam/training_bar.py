@@ -41,6 +41,7 @@ class TrainingBar(Reporter):
         )
         self.tasks: dict[str, TaskID] = {}
         self.figures: dict[str, float] = {}
+        self.weights: dict[str, float] = {}  # that the values so far have in a figure, below 1 at first
         self.tokens: int | None = None
 
     def __enter__(self) -> "TrainingBar":
@@ -85,5 +86,6 @@ class TrainingBar(Reporter):
         self.progress.update(self.tasks[name], completed=done, total=total, figures=figures)
 
     def _smooth(self, name: str, value: float) -> None:
-        past = self.figures.get(name, value)
-        self.figures[name] = SMOOTHING * past + (1.0 - SMOOTHING) * value
+        past, weight = self.figures.get(name, 0.0), SMOOTHING * self.weights.get(name, 0.0)
+        self.weights[name] = weight + 1.0 - SMOOTHING
+        self.figures[name] = past + (value - past) * (1.0 - SMOOTHING) / self.weights[name]

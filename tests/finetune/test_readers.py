@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from finetune.data.readers import FORMS, Context, Media, read_map, rows_of
+from finetune.data.readers import FORMS, Context, Media, array, read_map, rows_of
 from finetune.data.readers.containers import Torn
 from jam.document import CodesPart, Document, ImagePart, TextPart
 from jam.errors import DataError
@@ -265,13 +265,38 @@ def test_plain_text_is_a_document_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_json_array_is_one_mistake(tmp_path, indent):
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_a_json_array_is_read_as_its_lines_are(tmp_path, monkeypatch, indent, chunk):
+    monkeypatch.setattr(array, "CHUNK", chunk)
+    rows = [{"text": 'a "[{\u00e9\n'}, {"text": "b", "more": [1, {"n": -2.5e3}]}, {"text": "\U0001f600"}]
     path = tmp_path / "llava.json"
-    path.write_text(json.dumps([{"text": "a"}, {"text": "b"}], indent=indent))
-    (row,) = rows_of(path)
-    assert row.where == f"{path}:1"
-    with pytest.raises(Torn, match=r"^a JSON array; an object a line is required"):
-        row.fields()
+    path.write_text("\ufeff\n" + json.dumps(rows, indent=indent, ensure_ascii=False), encoding="utf-8")
+    found = list(rows_of(path))
+    assert [row.fields() for row in found] == rows
+    starts = [2, 2, 2] if indent is None else [3, 6, 15]
+    assert [row.where for row in found] == [f"{path}:{line}" for line in starts]
+
+
+@pytest.mark.parametrize(
+    ("text", "good", "message"),
+    [
+        ("[]", 0, None),
+        ('[{"a": 1}', 1, "line 1: found 'the end' where a comma or ] is due"),
+        ('[{"a": 1} {"a": 2}]', 1, "line 1: found '{' where"),
+        ('[{"a": 1},\n]', 1, "line 2: not valid JSON"),
+        ('[{"a": 1},\n{"a": ', 1, "line 2: not valid JSON"),
+        ('[{"a": 1}]\n{"a": 2}', 1, "line 2: something follows the array"),
+        ("[" * 100_000, 0, "not usable JSON"),
+    ],
+)
+def test_a_torn_json_array_is_one_mistake_and_cannot_be_left_out(tmp_path, text, good, message):
+    path = tmp_path / "llava.json"
+    path.write_text(text)
+    *whole, last = [*rows_of(path), None] if message is None else rows_of(path)
+    assert [row.fields() for row in whole] == [{"a": 1}] * good
+    if message is not None:
+        with pytest.raises(Torn, match=re.escape(message)):
+            last.fields()
 
 
 def test_pages_of_obelics(root):

@@ -1,6 +1,6 @@
 """Files and folders to rows, in order, a little at a time: what a source is follows from its name and its files.
 
-    .jsonl .json        a JSON object a line                  "cats.jsonl:12"
+    .jsonl .json        a JSON object a line, or one array    "cats.jsonl:12"
     .txt                a document a line                     "cats.txt:12"
     .csv                a table with a header                 "cats.csv:12"
     .parquet            a table                               "cats.parquet:row 12"
@@ -19,6 +19,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from finetune.data.readers.array import elements
 from finetune.data.readers.lines import parse_line
 from jam.errors import DataError
 from jam.tokens.image import MAX_BYTES
@@ -111,12 +112,25 @@ def _folder(folder: Path) -> Iterator[Row]:
 
 def _json_lines(path: Path) -> Iterator[Row]:
     with path.open("rb") as lines:
+        first = next((raw for raw in lines if raw.removeprefix(b"\xef\xbb\xbf").strip()), b"")
+        if first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            yield from _json_array(path)
+            return
+        lines.seek(0)
         for number, raw in enumerate(lines, 1):
-            if number == 1 and raw.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-                # LLaVA's own files are one array: every line of it would be an error of its own
-                yield Row(f"{path}:1", Torn("a JSON array; an object a line is required, write it as jq -c '.[]' does"))
-                return
             yield Row(f"{path}:{number}", raw, number)
+
+
+def _json_array(path: Path) -> Iterator[Row]:
+    number = 1
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            for number, element in elements(file):
+                yield Row(f"{path}:{number}", element.encode("utf-8", "surrogatepass"))
+        except UnicodeDecodeError as error:
+            yield Row(f"{path}:{number}", Torn(f"not UTF-8 from here on ({error.reason}); save the file as UTF-8"))
+        except DataError as error:
+            yield Row(f"{path}:{number}", Torn(str(error)))
 
 
 def _text_lines(path: Path) -> Iterator[Row]:
