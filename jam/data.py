@@ -43,6 +43,10 @@ def _sizes(counts: Counts) -> str:
     return f"{counts.documents:,} documents, {counts.tokens:,} tokens, {counts.images:,} images{left_out}"
 
 
+def _shards(count: int) -> str:
+    return "1 shard" if count == 1 else f"{count:,} shards"
+
+
 def run_check(reading: Reading | None, folder: Path, model: Path | None, workers: int) -> None:
     """A prepared folder where it is one, else every row of a source; bad ones to stderr, a line each.
 
@@ -78,7 +82,7 @@ def _check_prepared(folder: Path, model: Path | None) -> None:
     if model is not None:
         own = _model(model)
         shards.check_model(own.path, own.vocabulary, own.image)
-    print(f"{folder}: {len(shards.shards)} shards as they were written; {_sizes(shards.counts)}")
+    print(f"{folder}: {_shards(len(shards.shards))} as written; {_sizes(shards.counts)}")
 
 
 def run_stats(folder: Path, seq_len: int) -> None:
@@ -88,7 +92,7 @@ def run_stats(folder: Path, seq_len: int) -> None:
     shards = open_shards(folder)
     counts, lengths = shards.counts, shards.lengths()
     read = f"reader {shards.reader.get('name')} of {shards.reader.get('source')}"
-    print(_line(f"{folder}: {_sizes(counts)}; {len(shards.shards)} shards, {read}"))
+    print(_line(f"{folder}: {_sizes(counts)}; {_shards(len(shards.shards))}, {read}"))
     print(f"  conversations  {counts.conversations:,}, plain documents {counts.documents - counts.conversations:,}")
     share = {name: getattr(counts, name) / max(1, counts.tokens) for name in ("text", "image", "control", "learnt")}
     print(f"  text           {counts.text:,} tokens ({share['text']:.1%})")

@@ -62,7 +62,7 @@ def test_prepare_check_stats_show(tmp_path, talk, model, capsys):
     printed, told = said(capsys, "prepare", talk, "--reader", "messages", "--model", model, "--out", out)
     assert re.fullmatch(rf"{out}: 40 documents, [\d,]+ tokens, 20 images\n", printed)
     assert told.startswith("shard-00000: 40 documents, ")
-    assert "1 shards as they were written; 40 documents" in said(capsys, "check", out, "--model", model)[0]
+    assert "1 shard as written; 40 documents" in said(capsys, "check", out, "--model", model)[0]
     printed, _ = said(capsys, "stats", out, "--seq-len", "64")
     assert "conversations  40, plain documents 0" in printed
     assert "image codes    80 tokens" in printed and "0 texts are cut, 0 documents with images are too long" in printed
