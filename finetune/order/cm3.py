@@ -44,25 +44,27 @@ def growth(instance: int) -> int:
 
 
 def segment_bounds(tokens: Tokens) -> list[Span]:
-    """Start and stop of every text and image segment, in order."""
+    """Start and stop of every text and image segment, in order; a piece of a long text may lack the first ones."""
     bounds = []
-    for number in range(int(tokens.segments.max(initial=-1)) + 1):
+    for number in np.unique(tokens.segments[tokens.segments >= 0]):
         where = np.flatnonzero(tokens.segments == number)
         bounds.append((int(where[0]), int(where[-1]) + 1))
     return bounds
 
 
 def draw_spans(tokens: Tokens, count: int, generator: np.random.Generator) -> list[Span]:
-    """At most ``count`` disjoint, non-empty spans in order, each inside one segment.
+    """``count`` disjoint, non-empty spans in order, each inside one segment; fewer only where a document hardly holds
+    them.
 
-    One at least, if ``count`` is and anything can be masked: ends that meet or hold controls alone are drawn again.
+    Ends that meet, hold controls alone or touch another span are drawn again. One span at least, if ``count`` is and
+    anything can be masked.
     """
     bounds = segment_bounds(tokens)
     spans: list[Span] = []
     if not bounds:
         return spans
-    for tried in range(_TRIES * count):
-        if tried >= count and spans:
+    for _ in range(_TRIES * count):
+        if len(spans) == count:
             break
         start, stop = sorted(generator.integers(0, len(tokens) + 1, size=2).tolist())
         clipped = max(((max(start, a), min(stop, b)) for a, b in bounds), key=lambda s: s[1] - s[0], default=(0, 0))

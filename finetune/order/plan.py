@@ -21,7 +21,7 @@ from jam.errors import DataError
 from jam.models.load import Bundle
 from jam.tokens.render import Tokens
 
-ORDER = "feistel, cut for CM3, joined by choice"  # what a checkpoint says of the order that its step counts in
+ORDER = "feistel, cut for CM3, joined by choice, every span"  # what a checkpoint says of the order that its step counts in
 BLOCK = 100  # sequences over which the shares of the mix are exact
 WINDOW = 1024  # documents packed together
 

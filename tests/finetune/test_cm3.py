@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from finetune.data.sources import Source as SourceOf
 from finetune.data.sources import cut, keyed, open_source
 from finetune.order.cm3 import CAPTION, draw_instance, draw_spans, growth, infilled, mask_spans, segment_bounds, unmask
 from finetune.order.plan import PackedSource
@@ -100,6 +101,32 @@ def test_random_documents_come_back_and_spans_stay_in_a_segment(objective):
         assert BREAK not in tail
     assert masked == chosen > 300  # a document that is chosen is masked, however short
     assert images > 50
+
+
+def test_documents_get_as_many_spans_as_were_drawn():
+    """Two spans of a document overlap in two draws of three; taken as drawn, nine documents of ten had one span."""
+    section = ObjectiveSection(cm3=1.0, clamp_min=0, clamp_max=511, condition_drop=0.0)
+    tokens, found, draws = render(Document((TextPart("the cat in the rain " * 60),)), VOCABULARY, TEXT), Counter(), 2000
+    for seed in range(draws):
+        generator = keyed(seed)
+        result = infilled(tokens, draw_instance(generator, section), generator, VOCABULARY, room=2000)
+        found[int((result.ids == INFILL).sum())] += 1
+    for spans in range(5):
+        deviation = math.sqrt(POISSON[spans] * (1 - POISSON[spans]) / draws)
+        assert found[spans] / draws == pytest.approx(POISSON[spans], abs=4 * deviation)
+
+
+def test_a_long_text_of_several_parts_is_masked_in_every_piece(tmp_path):
+    """Pages without an image are texts one after another; a later piece has none of the first ones."""
+    tiny_pair(tmp_path)
+    bundle = load_bundle(tmp_path / "image")
+    recipe = recipe_for(tmp_path, objective={"cm3": 1.0, "condition_drop": 0.0})
+    page = Document(tuple(TextPart(f"the cat {n} and another of them in the rain") for n in range(9)))
+    source = PackedSource(SourceOf("a", 1, lambda index, draw: page, True, 1.0, 1.0), 0, bundle, recipe, 256)
+    pieces = list(source._instances(0, keyed(0)))
+    assert len(pieces) > 3 and all((piece.ids == MASK).any() for piece in pieces)
+    back = np.concatenate([unmask(piece.ids, VOCABULARY)[1:] for piece in pieces])
+    assert np.array_equal(back, render(page, VOCABULARY, TEXT).ids[1:])
 
 
 def test_a_document_without_anything_to_mask_stays():
