@@ -49,6 +49,10 @@ def changed(recipe: FinetuneRecipe, **changes) -> FinetuneRecipe:
     return FinetuneRecipe.model_validate(recipe.model_dump(mode="json") | changes)
 
 
+def train_of(recipe: FinetuneRecipe, **changes) -> dict:
+    return recipe.model_dump(mode="json")["train"] | changes
+
+
 @pytest.fixture
 def whole(tmp_path) -> tuple[FinetuneRecipe, Path]:
     """A finished run, and what it came to."""
@@ -301,3 +305,25 @@ def test_a_checkpoint_that_records_no_inputs_goes_on_and_says_so(whole):
     told = Lines()
     run_finetune(recipe, reporter=told)
     assert len([line for line in told.lines if "does not record its data and model" in line]) == 1
+
+
+def test_an_average_that_is_asked_for_later_begins_with_the_weights_of_then(whole):
+    """Once it began with the weights of before the run, which a finished run then put into ``final``."""
+    recipe, _ = whole
+    plain = changed(recipe, output_dir=recipe.output_dir.with_name("plain"), train=train_of(recipe, ema=None))
+    trained = load_file(run_finetune(plain) / "model.safetensors")
+    later = run_finetune(changed(plain, train=train_of(recipe, ema=0.9), resume_allow=["train.ema"]))
+    for name, tensor in load_file(later / "model.safetensors").items():
+        assert torch.equal(tensor, trained[name]), name
+
+
+def test_an_average_that_is_given_up_is_gone(whole):
+    recipe, run = whole
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoint-7")
+    run_finetune(changed(recipe, train=train_of(recipe, ema=None), resume_allow=["train.ema"]))
+    newest = checkpoint.listed(run)[0]
+    assert newest.name == "checkpoint-7" and not (newest / "train/ema.safetensors").exists()
+    weights = load_file(newest / "model.safetensors")
+    for name, tensor in load_file(run / "final/model.safetensors").items():
+        assert torch.equal(tensor, weights.get(name, tensor)), name
