@@ -332,7 +332,7 @@ def _train(
         checkpoint.save(run, trainer.step, trainer.bundle.model, trainer.engine, trainer.ema, state, ranks)
         with ranks.together():
             if ranks.first:
-                checkpoint.rotate(run, recipe.save.keep)
+                checkpoint.rotate(run, trainer.step, recipe.save.keep)
 
     def told(step: int, last: bool) -> None:
         """A look at the model where one is due, and a line of the log."""

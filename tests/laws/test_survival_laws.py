@@ -327,3 +327,17 @@ def test_an_average_that_is_given_up_is_gone(whole):
     weights = load_file(newest / "model.safetensors")
     for name, tensor in load_file(run / "final/model.safetensors").items():
         assert torch.equal(tensor, weights.get(name, tensor)), name
+
+
+def test_damaged_checkpoints_never_cost_the_one_that_was_just_written(whole):
+    """They are newer by number, and were once kept in its place."""
+    recipe, run = whole
+    for folder in checkpoint.listed(run)[:2]:
+        damage(folder / "state.json", "truncate")
+    with pytest.raises(KeyboardInterrupt):
+        run_finetune(changed(recipe, save={"every": 5, "keep": 1}), reporter=StopAfter(6))
+    assert [folder.name for folder in checkpoint.listed(run)] == ["checkpoint-7", "checkpoint-6", "checkpoint-5"]
+    assert checkpoint.newest(run, lambda line: None) == run / "checkpoint-5"
+    run_finetune(changed(recipe, save={"every": 5, "keep": 1}))
+    assert [folder.name for folder in checkpoint.listed(run)] == ["checkpoint-7"]
+    assert checkpoint.verify(run / "checkpoint-7") is None

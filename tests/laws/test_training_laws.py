@@ -261,7 +261,7 @@ def test_a_checkpoint_that_is_being_removed_has_no_name_that_looks_whole(tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.shutil, "rmtree", lambda f, ignore_errors=False: None if ignore_errors else killed(f))
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.rotate(run, keep=1)
+            checkpoint.rotate(run, 4, keep=1)
     assert len(checkpoint.listed(run)) == len(victims) - 1
     assert all(checkpoint.verify(folder) is None for folder in checkpoint.listed(run))
     checkpoint.remove_stale(run)
