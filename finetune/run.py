@@ -134,12 +134,6 @@ def changed_settings(recorded: dict, recipe: FinetuneRecipe) -> list[str]:
     return _differences(recorded | {"order": order}, fixed_settings(recipe))
 
 
-def total_steps(recipe: FinetuneRecipe) -> int:
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    return max(1, round(recipe.train.tokens / (recipe.train.global_batch_size * recipe.data.seq_len)))
-
-
 def choose_attention(recipe: FinetuneRecipe) -> str:
     """transformers' name of the kernel that ``train.attention`` asks for."""
     return {"auto": DOCUMENTS, "documents": DOCUMENTS}.get(recipe.train.attention, recipe.train.attention)
@@ -292,9 +286,9 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
             packed = [PackedSource(s, number, bundle, recipe, context) for number, s in enumerate(opened)]
             adapted = None if recipe.lora is None else adapt(bundle, recipe.lora, recipe.seed)
             plan = Plan(packed, [entry.weight for entry in mix.values()], recipe.data.seed)
-            check_supply(plan, recipe, total_steps(recipe), reporter.line)
+            check_supply(plan, recipe, recipe.steps, reporter.line)
             inputs = inputs_of(bundle, recipe, opened)
-        trainer = Trainer(bundle, plan, recipe, accelerator, total_steps(recipe), ranks)
+        trainer = Trainer(bundle, plan, recipe, accelerator, recipe.steps, ranks)
         check_engine(recipe, trainer.engine.shards, trainer.engine.name)
         pending = _resume(run, recipe, trainer, reporter, inputs)
         with _told_of(run):

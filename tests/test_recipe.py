@@ -275,6 +275,7 @@ def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
         (("train.micro_batch_size=3",), "set global_batch_size to 9"),
         (("optim.warmup=1.5",), "write 2 for steps"),
         (("optim.warmup=20",), "optim.warmup is 20 steps of a run of 10"),
+        (("optim.warmup=5", "train.steps=null", "train.tokens=20_000"), "optim.warmup is 5 steps of a run of 5"),
         (("optim.betas=[0.9, 1.0]",), "optim.betas: found [0.9, 1.0]; required: two numbers in [0, 1)"),
         (("optim.groups=[{match: '(', lr_mul: 1}]",), 'optim.groups.0.match: "(" is no regular expression'),
         (("loss.text=0", "loss.image=0"), "loss: text and image are both 0"),
