@@ -64,6 +64,12 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})  # the reentrant kind loses gradients where a layer's input has none: adapters
 
 
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Of torch's generators in one step of one rank. A CPU's reads the lower 32 bits alone, in which ranks must differ;
+    the factor is odd."""
+    return (seed * 1_000_003 + step + rank * 0x9E3779B9) % 2**63
+
+
 @dataclass
 class Trainer:
     """Model, optimizer and position of one run; ``read`` are the tokens of each source so far, padding not counted."""
@@ -174,7 +180,7 @@ class Trainer:
             RunError: the loss or the gradient is not finite; names the documents, and takes no step.
         """
         began = time.perf_counter()
-        torch.manual_seed((self.accelerator.process_index << 40) + self.recipe.seed * 1_000_003 + self.step)
+        torch.manual_seed(step_seed(self.recipe.seed, self.step, self.accelerator.process_index))
         rate = learning_rate(self.recipe.optim, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
