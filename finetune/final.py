@@ -18,6 +18,7 @@ from finetune.scratch import own_record, trained_config
 from jam.errors import RunError
 from jam.models.load import Bundle, quiet_transformers
 from jam.recipe import dump_recipe
+from jam.shards import sync_path
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -88,8 +89,11 @@ def write_final(
                 (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # no setting is changed
                 if recipe.scratch is not None:
                     own_record(temporary)
+                for path in (*temporary.rglob("*"), temporary):
+                    sync_path(path)  # a name that is on disk before its content would look whole after a power cut
                 checkpoint.discard(final)
                 os.rename(temporary, final)
+                sync_path(run)
             except RunError:
                 raise
             except Exception as error:

@@ -3,21 +3,25 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune import checkpoint
+from finetune import checkpoint, final
+from finetune.data import code_cache
 from finetune.loss import cross_entropy
 from finetune.order.pack import Placed, collate
 from finetune.recipe import FinetuneRecipe
 from finetune.run import Reporter, changed_settings, fixed_settings, run_finetune
+from finetune.watching import log
 from jam.errors import RunError
 from jam.models.load import load_bundle
 from tests.laws.test_data_laws import recipe_for, tokens_of
@@ -230,6 +234,28 @@ def test_final_folder_loads_without_jam(tmp_path):
     assert (run / "final/model.safetensors").stat().st_mode == (run / "final/config.json").stat().st_mode
     model = AutoModelForCausalLM.from_pretrained(run / "final")
     assert model.config.vocab_size == load_bundle(run / "final").vocabulary.size
+
+
+def test_what_gets_a_name_by_renaming_is_on_disk_before(tmp_path, monkeypatch):
+    """Else a name may outlive a power cut and its content not: a ``final`` that looks whole and is empty."""
+    tiny_pair(tmp_path)
+    synced: set[Path] = set()
+    rename, whole = os.rename, []
+
+    def renamed(old, new) -> None:
+        if Path(new).name == "final":
+            whole.append({Path(old), *Path(old).rglob("*")} <= synced)
+        rename(old, new)
+
+    for module in (final, log, code_cache):
+        monkeypatch.setattr(module, "sync_path", synced.add)
+    monkeypatch.setattr(os, "rename", renamed)
+    run_finetune(recipe_for(tmp_path))
+    assert whole == [True] and tmp_path / "run" in synced
+    log.trim_log(tmp_path / "run", 0)
+    assert tmp_path / "run/.log.jsonl.tmp" in synced
+    code_cache._write_codes(tmp_path / "codes-0.npy", np.zeros((2, 4), np.uint16))
+    assert [path for path in synced if path.name.startswith("codes-0.tmp-")]
 
 
 def test_two_ranks_equal_one(tmp_path):
