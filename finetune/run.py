@@ -188,6 +188,9 @@ def _resume(
         trainer.ema = ema
         if ema is None:
             trainer.start_average()  # from the checkpoint's weights, no longer the base's
+    if (state["settings"], state.get("inputs")) == (fixed_settings(recipe), inputs):
+        for source, walked in zip(trainer.plan.sources, state.get("walked", ()), strict=False):
+            source.walk_from(*walked)
     read = state.get("read", [])
     same = len(read) == len(trainer.plan.sources)
     if same:
@@ -320,6 +323,7 @@ def _train(
     def save() -> None:
         state = {"tokens": trainer.tokens, "settings": fixed_settings(recipe), "time": time.time()}
         state |= {"read": trainer.read.tolist(), "inputs": inputs, "pending": tally.to_json(pending)}
+        state["walked"] = [source.walked for source in trainer.plan.sources]
         with ranks.together():
             if ranks.first and (run / "log.jsonl").exists():
                 sync_path(run / "log.jsonl")  # a step that a checkpoint has behind it is not logged again

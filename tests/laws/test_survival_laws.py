@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from finetune import checkpoint
 from finetune import run as run_module
 from finetune.loop import Trainer
+from finetune.order.plan import PackedSource
 from finetune.recipe import FinetuneRecipe
 from finetune.run import Interrupted, Reporter, run_finetune
 from jam.errors import RunError
@@ -341,3 +342,26 @@ def test_damaged_checkpoints_never_cost_the_one_that_was_just_written(whole):
     run_finetune(changed(recipe, save={"every": 5, "keep": 1}))
     assert [folder.name for folder in checkpoint.listed(run)] == ["checkpoint-7"]
     assert checkpoint.verify(run / "checkpoint-7") is None
+
+
+def test_a_resumed_run_walks_no_window_again_unless_something_changed(tmp_path, monkeypatch):
+    tiny_pair(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run_finetune(recipe_in(tmp_path, steps=40), reporter=StopAfter(32))
+    shutil.copytree(tmp_path / "run", tmp_path / "other", symlinks=True)
+    state = json.loads((checkpoint.listed(tmp_path / "run")[0] / "state.json").read_text())
+    packed, pack = [], PackedSource._pack
+
+    def noted(self, number):
+        packed.append((self.number, number))
+        return pack(self, number)
+
+    monkeypatch.setattr(PackedSource, "_pack", noted)
+    run_finetune(recipe_in(tmp_path, steps=40))
+    for number, (window, start) in enumerate(state["walked"]):
+        found = {one for source, one in packed if source == number}
+        assert start > 0 and min(found - {0}) == window > 1  # the first one is packed to estimate the supply
+    packed.clear()
+    moved = changed(recipe_in(tmp_path, "other", steps=40), resume_allow=["objective"], objective={"cm3": 0.1})
+    run_finetune(moved)
+    assert {(0, 1), (1, 1)} <= set(packed)  # other lengths, other windows
