@@ -147,7 +147,9 @@ class Trainer:
 
     def lay_out(self, sequences: list[Sequence], owners: list[int]) -> Batch:
         """Sequences as a batch on this rank's device."""
-        batch = collate(sequences, owners, self.recipe.data.seq_len, self.bundle.vocabulary.controls["pad"])
+        controls = self.bundle.vocabulary.controls
+        pad = controls.get("pad", controls["eos"])  # of a row's unused end, which nobody reads
+        batch = collate(sequences, owners, self.recipe.data.seq_len, pad)
         return batch.to(self.accelerator.device)
 
     def backward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

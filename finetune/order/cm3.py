@@ -17,6 +17,7 @@ The number of spans is drawn before the cut, the spans after it: :func:`draw_ins
 import numpy as np
 
 from finetune.recipe import ObjectiveSection
+from jam.errors import RunError
 from jam.tokens.render import TEXT_HEAD, Tokens
 from jam.tokens.vocabulary import Vocabulary
 
@@ -87,9 +88,18 @@ def caption_span(tokens: Tokens) -> list[Span]:
 
 
 def mask_spans(tokens: Tokens, spans: list[Span], vocabulary: Vocabulary) -> Tokens:
-    """Moves each span behind the document, leaving ``<mask>`` in its place; +2 tokens a span."""
+    """Moves each span behind the document, leaving ``<mask>`` in its place; +2 tokens a span.
+
+    Raises:
+        RunError: a vocabulary without these controls.
+    """
     if not spans:
         return tokens
+    if missing := [name for name in ("mask", "infill") if name not in vocabulary.controls]:
+        raise RunError(
+            f"a span is to be masked, and this model's vocabulary has no {missing[0]!r} control; set objective.cm3 and "
+            "objective.condition_drop to 0, or train a model that has it"
+        )
     mask, infill, eos = (vocabulary.controls[name] for name in ("mask", "infill", "eos"))
     closed = tokens.ids[-1] == eos
     body_stop = len(tokens) - int(closed)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from finetune.order.cm3 import CAPTION, draw_instance, draw_spans, growth, infil
 from finetune.order.plan import PackedSource
 from finetune.recipe import FinetuneRecipe, ObjectiveSection, Source
 from jam.document import CodesPart, Document, TextPart
+from jam.errors import RunError
 from jam.models.load import load_bundle
 from jam.tokens.render import IMAGE_HEAD, Tokens, render
 from jam.tokens.text import TextTokenizer
@@ -182,3 +184,14 @@ def test_a_document_with_images_is_not_cut_and_gets_the_spans_that_fit():
 def test_masking_nothing_is_the_document():
     tokens = random_document(0)
     assert mask_spans(tokens, [], VOCABULARY) is tokens
+
+
+def test_a_vocabulary_without_a_mask_is_refused_where_one_would_be_written(tmp_path):
+    """Owners' models have none: Chameleon, Liquid, a plain language model."""
+    controls = {name: id for name, id in VOCABULARY.controls.items() if name not in ("mask", "infill")}
+    plain = replace(VOCABULARY, controls=controls)
+    tokens = render(Document((TextPart("a cat"), CodesPart((0,) * CODES_PER_IMAGE))), plain, TEXT)
+    assert infilled(tokens, 0, keyed(0), plain, 100) is tokens
+    for instance in (1, CAPTION):
+        with pytest.raises(RunError, match=r"no 'mask' control; set objective\.cm3"):
+            infilled(tokens, instance, keyed(0), plain, 100)

@@ -1,5 +1,7 @@
 """Activation checkpointing changes memory and nothing else; every rank and step draws its own numbers."""
 
+import json
+
 import pytest
 import torch
 
@@ -61,3 +63,15 @@ def test_every_rank_and_step_draws_its_own_numbers():
             torch.manual_seed(step_seed(3, step, rank))
             found.add(tuple(torch.rand(2).tolist()))
     assert len(found) == 32
+
+
+def test_a_model_without_a_pad_token_trains_the_same(tmp_path):
+    """As language models are published: Llama's and Mistral's have none."""
+    _, image = tiny_pair(tmp_path)
+    recipe = recipe_for(tmp_path)
+    padded = final_weights(run_finetune(recipe))
+    record = json.loads((image / "jam.json").read_text())
+    del record["vocabulary"]["controls"]["pad"]
+    (image / "jam.json").write_text(json.dumps(record))
+    plain = run_finetune(recipe.model_copy(update={"output_dir": tmp_path / "plain"}))
+    assert all(torch.equal(tensor, padded[name]) for name, tensor in final_weights(plain).items())
