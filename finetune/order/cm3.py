@@ -26,13 +26,13 @@ _TRIES = 64
 Span = tuple[int, int]  # start, stop
 
 
-def draw_instance(generator: np.random.Generator, objective: ObjectiveSection) -> int:
+def draw_instance(generator: np.random.Generator, objective: ObjectiveSection, captioned: bool = True) -> int:
     """What happens to a document: ``CAPTION``, or its number of spans, 0 for none. ``condition_drop`` is drawn first,
-    ``cm3`` is a share of the rest."""
-    draw = generator.random()
-    if draw < objective.condition_drop:
+    ``cm3`` is a share of the rest: of a document that is not ``captioned`` (:func:`caption_span`), of all."""
+    draw, drop = generator.random(), objective.condition_drop if captioned else 0.0
+    if draw < drop:
         return CAPTION
-    if draw >= objective.condition_drop + objective.cm3 * (1 - objective.condition_drop):
+    if draw >= drop + objective.cm3 * (1 - drop):
         return 0
     if objective.spans == "one":
         return 1

@@ -15,14 +15,14 @@ import numpy as np
 
 from finetune.data.sources import Source, cut, keyed
 from finetune.order.bijection import bijection
-from finetune.order.cm3 import draw_instance, growth, infilled
+from finetune.order.cm3 import caption_span, draw_instance, growth, infilled
 from finetune.order.pack import Placed, Sequence, best_fit, noisy_codes
 from finetune.recipe import FinetuneRecipe
 from jam.errors import DataError
 from jam.models.load import Bundle
 from jam.tokens.render import Tokens
 
-ORDER = "feistel, cut for CM3, joined by choice, every span"  # what a checkpoint says of the order that its step counts in
+ORDER = "feistel, cut for CM3, joined by choice, shares as asked"  # what a checkpoint says of the order that its step counts in
 BLOCK = 100  # sequences over which the shares of the mix are exact
 WINDOW = 1024  # documents packed together
 
@@ -78,11 +78,13 @@ class PackedSource:
         """Document ``index`` in pieces that fit, masked as the objective says; what is drawn depends on the generator
         alone."""
         objective, length = self.recipe.objective, self.recipe.data.seq_len
-        draw, instance = generator.random(), 0
+        draw, instance, captioned = generator.random(), 0, None
 
-        def next_growth() -> int:
-            nonlocal instance
-            instance = draw_instance(generator, objective) if self.source.conditioned else 0
+        def next_growth(document: Tokens) -> int:
+            nonlocal instance, captioned
+            if self.source.conditioned:
+                captioned = bool(caption_span(document)) if captioned is None else captioned
+                instance = draw_instance(generator, objective, captioned)
             return growth(instance)
 
         for tokens in cut(self.source, self.bundle, index, draw, length, next_growth):

@@ -77,6 +77,14 @@ def test_the_share_and_the_captions_that_are_dropped_first():
     assert sum(share for instance, share in found.items() if instance > 0) == near(0.45)
 
 
+def test_documents_without_a_caption_are_infilled_as_often_as_asked(tmp_path):
+    """``condition_drop`` is a share of captions: a text has none to drop, and once stayed whole instead."""
+    objective = ObjectiveSection(cm3=1.0, condition_drop=0.5)
+    assert all(draw_instance(keyed(seed), objective, captioned=False) > 0 for seed in range(50))
+    packed, _ = source_of(tmp_path, 3, cm3=1.0, condition_drop=0.5)
+    assert all((placed.tokens.ids == MASK).any() for window in range(9) for placed in packed._documents(window))
+
+
 def test_the_greatest_number_of_spans():
     assert set(counted(cm3=1.0, clamp_max=2, condition_drop=0.0)) == {1, 2}
     found = counted(cm3=1.0, clamp_min=0, clamp_max=1, condition_drop=0.0)
@@ -157,7 +165,7 @@ def test_growth_is_budgeted_before_a_long_text_is_cut(tmp_path):
     """Pieces that were cut to the length of a sequence first would have no room for a span."""
     packed, recipe = source_of(tmp_path, 60, cm3=1.0, condition_drop=0.0)
     for index in range(6):
-        whole = next(cut(packed.source, packed.bundle, index, 0.0, 10_000, lambda: 0))
+        whole = next(cut(packed.source, packed.bundle, index, 0.0, 10_000, lambda document: 0))
         pieces = list(packed._instances(index, keyed(index)))
         assert len(pieces) > 5 and all(len(piece) <= recipe.data.seq_len for piece in pieces)
         assert all((piece.ids == MASK).any() for piece in pieces)

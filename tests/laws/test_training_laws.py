@@ -304,7 +304,7 @@ def test_a_setting_newer_than_the_checkpoint_had_its_default_and_an_older_one_is
     assert changed_settings(recorded, recipe) == [f"optim.lr: was 7.0, is {recipe.optim.lr}"]
     recorded["optim"]["lr"] = recipe.optim.lr
     assert changed_settings({key: recorded[key] for key in recorded if key != "order"}, recipe) == [
-        "order: was shuffled, is feistel, cut for CM3, joined by choice, every span"
+        "order: was shuffled, is feistel, cut for CM3, joined by choice, shares as asked"
     ]
     recorded["objective"]["gone"] = 1
     assert "objective.gone: was 1, is None" in changed_settings(recorded, recipe)
