@@ -158,7 +158,7 @@ class Trainer:
         recipe, size = self.recipe, self.recipe.train.micro_batch_size
         weights = position_weights(batch, recipe.loss)
         # every rank divides by the weight of all ranks; DDP averages, hence the factor
-        total = self.accelerator.reduce(weights.sum().double(), "sum").clamp_min(1e-9)
+        total = self.accelerator.reduce(weights.double().sum(), "sum").clamp_min(1e-9)
         scale = self.accelerator.num_processes / total
         logged = torch.zeros(2 + len(self.plan.sources), 2, dtype=torch.float64, device=weights.device)
         loss = torch.zeros(2, dtype=torch.float64, device=weights.device)
