@@ -56,7 +56,9 @@ class Source(Section):
         min_length=1, description='"mini" for the shipped data, else a file or folder of rows, or a prepared folder'
     )
     weight: float = Field(
-        gt=0.0, le=1e9, description="share of this source in the mix, counted in tokens; shares are normalised"
+        gt=0.0,
+        le=1e9,
+        description="share of this source in the mix, in packed sequences, to a hundredth; shares are normalised",
     )
     loss: ModalityWeights = Field(ModalityWeights(), description="loss weights within this source")
     limit: int | None = Field(None, ge=1, description="use only the first so many documents; null is all")

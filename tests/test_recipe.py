@@ -100,8 +100,8 @@ log: 3
     assert found == [
         "x.yaml:1:1: model: not given; required: folder of the model to train",
         'x.yaml:2:1: modle: unknown key; did you mean "model"?',
-        "x.yaml:6:11: data.mix.text.weight: not given; required: share of this source in the mix, counted in tokens; "
-        "shares are normalised",
+        "x.yaml:6:11: data.mix.text.weight: not given; required: share of this source in the mix, in packed sequences, "
+        "to a hundredth; shares are normalised",
         'x.yaml:6:36: data.mix.text.wieght: unknown key; did you mean "weight"?',
         "x.yaml:8:13: data.mix.pictures.kind: must be 'text', 'captions', 'conversations', 'scenes' or 'shards', "
         'found "caption"; did you mean "captions"?',

@@ -287,8 +287,8 @@ def cut(
     """Document ``index`` as tokens, in pieces that leave room to grow within ``seq_len``; only text is ever cut.
 
     Args:
-        growth: asked before each piece of the whole document how many tokens it will grow by; a piece keeps half of ``seq_len`` whatever it
-            says, as one with images keeps all.
+        growth: asked before each piece, with the whole document, how many tokens it will grow by; a piece keeps half
+            of ``seq_len`` whatever it says, as one with images keeps all.
 
     Raises:
         DataError: a document with images is longer than ``seq_len``.

@@ -22,7 +22,7 @@ from jam.errors import DataError
 from jam.models.load import Bundle
 from jam.tokens.render import Tokens
 
-ORDER = "feistel, cut for CM3, joined by choice, shares as asked"  # what a checkpoint says of the order that its step counts in
+ORDER = "feistel, cut for CM3, joined by choice, shares as asked"  # what a checkpoint says its step counts in
 BLOCK = 100  # sequences over which the shares of the mix are exact
 WINDOW = 1024  # documents packed together
 
