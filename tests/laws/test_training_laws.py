@@ -24,6 +24,7 @@ from finetune.run import Reporter, changed_settings, fixed_settings, run_finetun
 from finetune.watching import log
 from jam.errors import RunError
 from jam.models.load import load_bundle
+from tests.laws.scale_cases import trainer_of
 from tests.laws.test_data_laws import recipe_for, tokens_of
 from tests.tiny import tiny_pair
 
@@ -82,6 +83,24 @@ def test_eight_micro_batches_of_one_equal_one_of_eight(tmp_path):
         assert torch.allclose(tensor, final_weights(many)[name], atol=2e-5), name
     losses = [log_lines(folder.parent)[-1]["loss"] for folder in (one, many)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_gradients_of_eight_micro_batches_are_those_of_one(tmp_path):
+    """In float64, before Adam, which would hide any factor on all of them."""
+    tiny_pair(tmp_path)
+    found = []
+    for size in (8, 2, 1):
+        raw = recipe_for(tmp_path, loss={"text": 0.7, "z": 1e-2}).model_dump(mode="json")
+        raw["train"] |= {"micro_batch_size": size, "global_batch_size": 8}
+        trainer = trainer_of(FinetuneRecipe.model_validate(raw))
+        batch = trainer.batch(0)
+        loss, logged, _ = trainer.backward(batch)
+        assert batch.weights.sum(1).std() > 1  # rows that count unequally: a mean of means is another number
+        gradients = {f"gradient.{name}": p.grad for name, p in trainer.bundle.model.named_parameters()}
+        found.append(gradients | {"loss": loss, "logged": logged})
+    for other in found[1:]:
+        for name, tensor in found[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize(("ema", "optimizer"), [(None, "adamw"), (0.9, "adamw"), (None, "muon")])
