@@ -48,6 +48,10 @@ from jam.shards import sync_path
 # settings that a resumed run may not change
 FIXED = ("model", "seed", "data", "objective", "loss", "scratch", "lora", "optim", "train")
 
+# changes after which a step stands at other data
+MOVES = ("data.", "content.data.", "objective.cm3", "objective.spans", "objective.clamp", "objective.condition_drop")
+MOVES += ("train.global_batch_size",)
+
 
 class Interrupted(RunError):
     """The run was asked to stop, saved itself and can be resumed; ``exit_code`` is (130 or 143)."""
@@ -221,6 +225,10 @@ def _checkpoint(run: Path, recipe: FinetuneRecipe, reporter: Reporter, inputs: d
         )
     if changed:
         reporter.line(f"going on with what resume_allow names: {'; '.join(changed)}")
+        if any(change.startswith(MOVES) for change in changed):
+            reporter.line(
+                f"step {recorded['step']} is counted under these: some data may be read again and some left out"
+            )
     if "inputs" not in recorded:
         reporter.line(f"{found} does not record its data and model; whether they are the same could not be checked")
     return found

@@ -85,6 +85,7 @@ def test_twenty_steps_equal_ten_and_ten(tmp_path):
     finally:
         torch.set_num_threads(1)
     assert "going on with what resume_allow names: train.threads: was 1, is 2" in told.lines
+    assert not [line for line in told.lines if "read again" in line]
     for one, line in zip(straight["log"], outcome(tmp_path / "threads")["log"], strict=True):
         assert line["loss"] == pytest.approx(one["loss"], abs=1e-5) and line["tokens"] == one["tokens"]
 
@@ -264,6 +265,7 @@ def test_other_data_is_refused_by_name_and_allowed_by_name(whole, tmp_path):
     told = Lines()
     run_finetune(changed(recipe, resume_allow=["content.data.mix.b"]), reporter=told)
     assert any(line.startswith("going on with what resume_allow names: content.data.mix.b") for line in told.lines)
+    assert "step 7 is counted under these: some data may be read again and some left out" in told.lines
 
 
 def test_other_words_of_the_same_model_are_refused(whole, tmp_path):
