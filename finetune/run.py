@@ -382,4 +382,4 @@ def _train(
         if ranks.first:
             (run / "plots").mkdir(exist_ok=True)
             (run / "plots" / "loss.png").write_bytes(loss_curves(run / "log.jsonl"))
-    return write_final(run, trainer.bundle, recipe, trainer.steps, trainer.engine, ranks, adapted)
+    return write_final(run, trainer.bundle, recipe, trainer.tokens, trainer.engine, ranks, adapted)
