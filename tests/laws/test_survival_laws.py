@@ -18,6 +18,7 @@ from finetune import checkpoint
 from finetune import run as run_module
 from finetune.loop import Trainer
 from finetune.order.plan import PackedSource
+from finetune.order.supply import EPOCHS
 from finetune.recipe import FinetuneRecipe
 from finetune.run import Interrupted, Reporter, run_finetune
 from jam.errors import RunError
@@ -349,7 +350,7 @@ def test_damaged_checkpoints_never_cost_the_one_that_was_just_written(whole):
 def test_a_resumed_run_walks_no_window_again_unless_something_changed(tmp_path, monkeypatch):
     tiny_pair(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        run_finetune(recipe_in(tmp_path, steps=40), reporter=StopAfter(32))
+        run_finetune(recipe_in(tmp_path, steps=60), reporter=StopAfter(54))
     shutil.copytree(tmp_path / "run", tmp_path / "other", symlinks=True)
     state = json.loads((checkpoint.listed(tmp_path / "run")[0] / "state.json").read_text())
     packed, pack = [], PackedSource._pack
@@ -359,11 +360,11 @@ def test_a_resumed_run_walks_no_window_again_unless_something_changed(tmp_path, 
         return pack(self, number)
 
     monkeypatch.setattr(PackedSource, "_pack", noted)
-    run_finetune(recipe_in(tmp_path, steps=40))
+    run_finetune(recipe_in(tmp_path, steps=60))
     for number, (window, start) in enumerate(state["walked"]):
         found = {one for source, one in packed if source == number}
-        assert start > 0 and min(found - {0}) == window > 1  # the first one is packed to estimate the supply
+        assert start > 0 and min(found - {*range(EPOCHS)}) == window > EPOCHS  # the first ones tell of the supply
     packed.clear()
-    moved = changed(recipe_in(tmp_path, "other", steps=40), resume_allow=["objective"], objective={"cm3": 0.1})
+    moved = changed(recipe_in(tmp_path, "other", steps=60), resume_allow=["objective"], objective={"cm3": 0.1})
     run_finetune(moved)
-    assert {(0, 1), (1, 1)} <= set(packed)  # other lengths, other windows
+    assert {(0, EPOCHS), (1, EPOCHS)} <= set(packed)  # other lengths, other windows
