@@ -25,6 +25,7 @@ from finetune.order.pack import Placed, Sequence
 from finetune.order.plan import PackedSource
 from finetune.recipe import FinetuneRecipe
 from finetune.run import choose_attention
+from finetune.scale.engines import start_processes
 from finetune.watching.flops import WorkMeter, known_peak
 from finetune.watching.log import peak_memory
 from jam.memory import keep_freed_memory
@@ -164,7 +165,7 @@ def main() -> None:
     if not given.quick and not torch.cuda.is_available():
         parser.error("no CUDA device here: not measured; --quick runs small shapes on a CPU")
     keep_freed_memory()
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = start_processes()  # as jam finetune has it: the loop alone sets the precision
     device = accelerator.device
     steps, warm, micro, length = (3, 1, 2, 256) if given.quick else (given.steps, 5, given.micro, 4096)
     train = {"steps": steps, "micro_batch_size": micro, "global_batch_size": micro, "precision": "bf16"}

@@ -263,8 +263,11 @@ def _by_muon(trained: dict[str, nn.Parameter], engine: Engine) -> set[str]:
     return {name for name, parameter in trained.items() if id(parameter) in ids}
 
 
-def rotate(run: Path, keep: int) -> None:
-    for folder in listed(run)[keep:]:
+def rotate(run: Path, step: int, keep: int) -> None:
+    """Removes all but the newest ``keep`` of the checkpoints up to ``step``, the one just written. Those beyond it did
+    not verify when the run was resumed: they do not count, and go when the run gets there."""
+    reached = [folder for folder in listed(run) if step_of(folder) <= step]
+    for folder in reached[keep:]:
         discard(folder)
 
 

@@ -18,19 +18,19 @@ from finetune.scratch import own_record, trained_config
 from jam.errors import RunError
 from jam.models.load import Bundle, quiet_transformers
 from jam.recipe import dump_recipe
+from jam.shards import sync_path
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def _model_card(bundle: Bundle, recipe: FinetuneRecipe, steps: int) -> str:
+def _model_card(bundle: Bundle, recipe: FinetuneRecipe, tokens: int) -> str:
     """README.md of ``final/``: that of the model it was trained from would speak of an untrained merge."""
-    tokens = steps * recipe.train.global_batch_size * recipe.data.seq_len
     mix = ", ".join(f"{name} {entry.weight:g}" for name, entry in recipe.data.mix.items())
     lines = ["---", "library_name: transformers", "tags: [jam]", "---", "", f"# {bundle.path.name}, trained", ""]
     kind = type(bundle.model).__name__
     if recipe.scratch is not None:
         lines[-2] = f"# {Path(recipe.output_dir).name}, trained from nothing"
-    lines += [f"`{kind}`, {tokens:,} tokens in sequences of {recipe.data.seq_len}; mix: {mix}.", ""]
+    lines += [f"`{kind}`, {tokens:,} predicted tokens in sequences of {recipe.data.seq_len}; mix: {mix}.", ""]
     lines += ["`finetune.yaml` is the recipe; `merge.yaml` and `report.json`, where present, are of the merge.", ""]
     return "\n".join(lines)
 
@@ -55,7 +55,7 @@ def write_final(
     run: Path,
     bundle: Bundle,
     recipe: FinetuneRecipe,
-    steps: int,
+    tokens: int,
     engine: Engine,
     ranks: Ranks,
     adapted: PeftModel | None = None,
@@ -76,7 +76,7 @@ def write_final(
             temporary = run / f".final.tmp-{os.getpid()}"
             shutil.rmtree(temporary, ignore_errors=True)
             try:
-                _side_files(temporary, bundle, recipe, steps)
+                _side_files(temporary, bundle, recipe, tokens)
                 if adapted is not None:
                     save_adapter(adapted, temporary / "adapter")
                     bundle.model = merged(adapted)
@@ -88,8 +88,11 @@ def write_final(
                 (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # no setting is changed
                 if recipe.scratch is not None:
                     own_record(temporary)
+                for path in (*temporary.rglob("*"), temporary):
+                    sync_path(path)  # a name that is on disk before its content would look whole after a power cut
                 checkpoint.discard(final)
                 os.rename(temporary, final)
+                sync_path(run)
             except RunError:
                 raise
             except Exception as error:
@@ -125,7 +128,7 @@ def _check_finite(final: Path, state: dict[str, Tensor]) -> None:
             )
 
 
-def _side_files(folder: Path, bundle: Bundle, recipe: FinetuneRecipe, steps: int) -> None:
+def _side_files(folder: Path, bundle: Bundle, recipe: FinetuneRecipe, tokens: int) -> None:
     folder.mkdir()
     for item in sorted(bundle.path.iterdir()):
         if item.is_dir() and item.name == "adapter":
@@ -135,7 +138,7 @@ def _side_files(folder: Path, bundle: Bundle, recipe: FinetuneRecipe, steps: int
         elif not item.name.startswith("model") and item.suffix != ".safetensors":
             shutil.copy2(item, folder / item.name)
     (folder / "finetune.yaml").write_text(dump_recipe(recipe))
-    (folder / "README.md").write_text(_model_card(bundle, recipe, steps))
+    (folder / "README.md").write_text(_model_card(bundle, recipe, tokens))
 
 
 def _share(folder: Path) -> None:

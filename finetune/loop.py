@@ -64,6 +64,12 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})  # the reentrant kind loses gradients where a layer's input has none: adapters
 
 
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Of torch's generators in one step of one rank. A CPU's reads the lower 32 bits alone, in which ranks must differ;
+    the factor is odd."""
+    return (seed * 1_000_003 + step + rank * 0x9E3779B9) % 2**63
+
+
 @dataclass
 class Trainer:
     """Model, optimizer and position of one run; ``read`` are the tokens of each source so far, padding not counted."""
@@ -141,7 +147,9 @@ class Trainer:
 
     def lay_out(self, sequences: list[Sequence], owners: list[int]) -> Batch:
         """Sequences as a batch on this rank's device."""
-        batch = collate(sequences, owners, self.recipe.data.seq_len, self.bundle.vocabulary.controls["pad"])
+        controls = self.bundle.vocabulary.controls
+        pad = controls.get("pad", controls["eos"])  # of a row's unused end, which nobody reads
+        batch = collate(sequences, owners, self.recipe.data.seq_len, pad)
         return batch.to(self.accelerator.device)
 
     def backward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +158,7 @@ class Trainer:
         recipe, size = self.recipe, self.recipe.train.micro_batch_size
         weights = position_weights(batch, recipe.loss)
         # every rank divides by the weight of all ranks; DDP averages, hence the factor
-        total = self.accelerator.reduce(weights.sum().double(), "sum").clamp_min(1e-9)
+        total = self.accelerator.reduce(weights.double().sum(), "sum").clamp_min(1e-9)
         scale = self.accelerator.num_processes / total
         logged = torch.zeros(2 + len(self.plan.sources), 2, dtype=torch.float64, device=weights.device)
         loss = torch.zeros(2, dtype=torch.float64, device=weights.device)
@@ -174,7 +182,7 @@ class Trainer:
             RunError: the loss or the gradient is not finite; names the documents, and takes no step.
         """
         began = time.perf_counter()
-        torch.manual_seed((self.accelerator.process_index << 40) + self.recipe.seed * 1_000_003 + self.step)
+        torch.manual_seed(step_seed(self.recipe.seed, self.step, self.accelerator.process_index))
         rate = learning_rate(self.recipe.optim, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]

@@ -56,7 +56,9 @@ class Source(Section):
         min_length=1, description='"mini" for the shipped data, else a file or folder of rows, or a prepared folder'
     )
     weight: float = Field(
-        gt=0.0, le=1e9, description="share of this source in the mix, counted in tokens; shares are normalised"
+        gt=0.0,
+        le=1e9,
+        description="share of this source in the mix, in packed sequences, to a hundredth; shares are normalised",
     )
     loss: ModalityWeights = Field(ModalityWeights(), description="loss weights within this source")
     limit: int | None = Field(None, ge=1, description="use only the first so many documents; null is all")
@@ -429,6 +431,13 @@ class FinetuneRecipe(Recipe):
         None, description="held-out losses and samples during the run (one process or DDP); null is none"
     )
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        if self.train.steps is not None:
+            return self.train.steps
+        return max(1, round(self.train.tokens / (self.train.global_batch_size * self.data.seq_len)))
+
     @model_validator(mode="after")
     def _adapters_lie_over_something(self) -> "FinetuneRecipe":
         if self.scratch is not None and self.lora is not None:
@@ -446,8 +455,8 @@ class FinetuneRecipe(Recipe):
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> "FinetuneRecipe":
-        steps, warmup = self.train.steps, self.optim.warmup
-        if steps is not None and isinstance(warmup, int) and warmup >= steps > 1:
+        steps, warmup = self.steps, self.optim.warmup
+        if isinstance(warmup, int) and warmup >= steps > 1:
             raise ValueError(
                 f"optim.warmup is {warmup} steps of a run of {steps}; required: fewer than the run has; lower "
                 f"optim.warmup or write a share such as 0.05"

@@ -48,6 +48,10 @@ from jam.shards import sync_path
 # settings that a resumed run may not change
 FIXED = ("model", "seed", "data", "objective", "loss", "scratch", "lora", "optim", "train")
 
+# changes after which a step stands at other data
+MOVES = ("data.", "content.data.", "objective.cm3", "objective.spans", "objective.clamp", "objective.condition_drop")
+MOVES += ("train.global_batch_size",)
+
 
 class Interrupted(RunError):
     """The run was asked to stop, saved itself and can be resumed; ``exit_code`` is (130 or 143)."""
@@ -134,12 +138,6 @@ def changed_settings(recorded: dict, recipe: FinetuneRecipe) -> list[str]:
     return _differences(recorded | {"order": order}, fixed_settings(recipe))
 
 
-def total_steps(recipe: FinetuneRecipe) -> int:
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    return max(1, round(recipe.train.tokens / (recipe.train.global_batch_size * recipe.data.seq_len)))
-
-
 def choose_attention(recipe: FinetuneRecipe) -> str:
     """transformers' name of the kernel that ``train.attention`` asks for."""
     return {"auto": DOCUMENTS, "documents": DOCUMENTS}.get(recipe.train.attention, recipe.train.attention)
@@ -194,6 +192,9 @@ def _resume(
         trainer.ema = ema
         if ema is None:
             trainer.start_average()  # from the checkpoint's weights, no longer the base's
+    if (state["settings"], state.get("inputs")) == (fixed_settings(recipe), inputs):
+        for source, walked in zip(trainer.plan.sources, state.get("walked", ()), strict=False):
+            source.walk_from(*walked)
     read = state.get("read", [])
     same = len(read) == len(trainer.plan.sources)
     if same:
@@ -224,6 +225,10 @@ def _checkpoint(run: Path, recipe: FinetuneRecipe, reporter: Reporter, inputs: d
         )
     if changed:
         reporter.line(f"going on with what resume_allow names: {'; '.join(changed)}")
+        if any(change.startswith(MOVES) for change in changed):
+            reporter.line(
+                f"step {recorded['step']} is counted under these: some data may be read again and some left out"
+            )
     if "inputs" not in recorded:
         reporter.line(f"{found} does not record its data and model; whether they are the same could not be checked")
     return found
@@ -292,9 +297,9 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
             packed = [PackedSource(s, number, bundle, recipe, context) for number, s in enumerate(opened)]
             adapted = None if recipe.lora is None else adapt(bundle, recipe.lora, recipe.seed)
             plan = Plan(packed, [entry.weight for entry in mix.values()], recipe.data.seed)
-            check_supply(plan, recipe, total_steps(recipe), reporter.line)
+            check_supply(plan, recipe, recipe.steps, reporter.line)
             inputs = inputs_of(bundle, recipe, opened)
-        trainer = Trainer(bundle, plan, recipe, accelerator, total_steps(recipe), ranks)
+        trainer = Trainer(bundle, plan, recipe, accelerator, recipe.steps, ranks)
         check_engine(recipe, trainer.engine.shards, trainer.engine.name)
         pending = _resume(run, recipe, trainer, reporter, inputs)
         with _told_of(run):
@@ -326,13 +331,14 @@ def _train(
     def save() -> None:
         state = {"tokens": trainer.tokens, "settings": fixed_settings(recipe), "time": time.time()}
         state |= {"read": trainer.read.tolist(), "inputs": inputs, "pending": tally.to_json(pending)}
+        state["walked"] = [source.walked for source in trainer.plan.sources]
         with ranks.together():
             if ranks.first and (run / "log.jsonl").exists():
                 sync_path(run / "log.jsonl")  # a step that a checkpoint has behind it is not logged again
         checkpoint.save(run, trainer.step, trainer.bundle.model, trainer.engine, trainer.ema, state, ranks)
         with ranks.together():
             if ranks.first:
-                checkpoint.rotate(run, recipe.save.keep)
+                checkpoint.rotate(run, trainer.step, recipe.save.keep)
 
     def told(step: int, last: bool) -> None:
         """A look at the model where one is due, and a line of the log."""
@@ -376,4 +382,4 @@ def _train(
         if ranks.first:
             (run / "plots").mkdir(exist_ok=True)
             (run / "plots" / "loss.png").write_bytes(loss_curves(run / "log.jsonl"))
-    return write_final(run, trainer.bundle, recipe, trainer.steps, trainer.engine, ranks, adapted)
+    return write_final(run, trainer.bundle, recipe, trainer.tokens, trainer.engine, ranks, adapted)

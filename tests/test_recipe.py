@@ -100,8 +100,8 @@ log: 3
     assert found == [
         "x.yaml:1:1: model: not given; required: folder of the model to train",
         'x.yaml:2:1: modle: unknown key; did you mean "model"?',
-        "x.yaml:6:11: data.mix.text.weight: not given; required: share of this source in the mix, counted in tokens; "
-        "shares are normalised",
+        "x.yaml:6:11: data.mix.text.weight: not given; required: share of this source in the mix, in packed sequences, "
+        "to a hundredth; shares are normalised",
         'x.yaml:6:36: data.mix.text.wieght: unknown key; did you mean "weight"?',
         "x.yaml:8:13: data.mix.pictures.kind: must be 'text', 'captions', 'conversations', 'scenes' or 'shards', "
         'found "caption"; did you mean "captions"?',
@@ -275,6 +275,7 @@ def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
         (("train.micro_batch_size=3",), "set global_batch_size to 9"),
         (("optim.warmup=1.5",), "write 2 for steps"),
         (("optim.warmup=20",), "optim.warmup is 20 steps of a run of 10"),
+        (("optim.warmup=5", "train.steps=null", "train.tokens=20_000"), "optim.warmup is 5 steps of a run of 5"),
         (("optim.betas=[0.9, 1.0]",), "optim.betas: found [0.9, 1.0]; required: two numbers in [0, 1)"),
         (("optim.groups=[{match: '(', lr_mul: 1}]",), 'optim.groups.0.match: "(" is no regular expression'),
         (("loss.text=0", "loss.image=0"), "loss: text and image are both 0"),

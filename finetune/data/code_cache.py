@@ -11,6 +11,7 @@ from PIL import Image
 from finetune.data.shards import hash_network
 from jam.assets import cache_dir
 from jam.errors import DataError
+from jam.shards import sync_path
 from jam.tokens.image import ImageTokenizer
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -54,6 +55,7 @@ def _write_codes(path: Path, codes: np.ndarray) -> None:
     temporary = path.with_suffix(f".tmp-{os.getpid()}.npy")
     try:
         np.save(temporary, codes)
+        sync_path(temporary)  # a hole of zeros would be read as codes
         temporary.replace(path)
     except OSError as error:  # numpy reports a full disk without an error number
         raise DataError(

@@ -278,17 +278,17 @@ def _rendered(source: Source, bundle: Bundle, document: Document, index: int, dr
 
 def pieces(source: Source, bundle: Bundle, index: int, draw: float, seq_len: int) -> list[Tokens]:
     """Document ``index`` as tokens, in pieces of at most ``seq_len``; errors as :func:`cut`."""
-    return list(cut(source, bundle, index, draw, seq_len, lambda: 0))
+    return list(cut(source, bundle, index, draw, seq_len, lambda document: 0))
 
 
 def cut(
-    source: Source, bundle: Bundle, index: int, draw: float, seq_len: int, growth: Callable[[], int]
+    source: Source, bundle: Bundle, index: int, draw: float, seq_len: int, growth: Callable[[Tokens], int]
 ) -> Iterator[Tokens]:
     """Document ``index`` as tokens, in pieces that leave room to grow within ``seq_len``; only text is ever cut.
 
     Args:
-        growth: asked before each piece how many tokens it will grow by; a piece keeps half of ``seq_len`` whatever it
-            says, as one with images keeps all.
+        growth: asked before each piece, with the whole document, how many tokens it will grow by; a piece keeps half
+            of ``seq_len`` whatever it says, as one with images keeps all.
 
     Raises:
         DataError: a document with images is longer than ``seq_len``.
@@ -297,7 +297,7 @@ def cut(
     tokens = made if isinstance(made, Tokens) else _rendered(source, bundle, made, index, draw, seq_len)
     factors = np.where(tokens.heads == IMAGE_HEAD, source.loss_image, source.loss_text).astype(np.float32)
     tokens = Tokens(tokens.ids, tokens.heads, tokens.weights * factors, tokens.segments)
-    limit = seq_len - min(growth(), seq_len // 2)
+    limit = seq_len - min(growth(tokens), seq_len // 2)
     whole = bool((tokens.heads == IMAGE_HEAD).any())
     if len(tokens) <= (seq_len if whole else limit):
         yield tokens
@@ -314,7 +314,7 @@ def cut(
         yield _with_bos(tokens, at, stop, bos)
         if stop == len(tokens):
             return
-        at, limit = stop, seq_len - min(growth(), seq_len // 2)
+        at, limit = stop, seq_len - min(growth(tokens), seq_len // 2)
 
 
 def _with_bos(tokens: Tokens, start: int, stop: int, bos: np.ndarray) -> Tokens:

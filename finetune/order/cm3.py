@@ -17,6 +17,7 @@ The number of spans is drawn before the cut, the spans after it: :func:`draw_ins
 import numpy as np
 
 from finetune.recipe import ObjectiveSection
+from jam.errors import RunError
 from jam.tokens.render import TEXT_HEAD, Tokens
 from jam.tokens.vocabulary import Vocabulary
 
@@ -25,13 +26,13 @@ _TRIES = 64
 Span = tuple[int, int]  # start, stop
 
 
-def draw_instance(generator: np.random.Generator, objective: ObjectiveSection) -> int:
+def draw_instance(generator: np.random.Generator, objective: ObjectiveSection, captioned: bool = True) -> int:
     """What happens to a document: ``CAPTION``, or its number of spans, 0 for none. ``condition_drop`` is drawn first,
-    ``cm3`` is a share of the rest."""
-    draw = generator.random()
-    if draw < objective.condition_drop:
+    ``cm3`` is a share of the rest: of a document that is not ``captioned`` (:func:`caption_span`), of all."""
+    draw, drop = generator.random(), objective.condition_drop if captioned else 0.0
+    if draw < drop:
         return CAPTION
-    if draw >= objective.condition_drop + objective.cm3 * (1 - objective.condition_drop):
+    if draw >= drop + objective.cm3 * (1 - drop):
         return 0
     if objective.spans == "one":
         return 1
@@ -44,25 +45,27 @@ def growth(instance: int) -> int:
 
 
 def segment_bounds(tokens: Tokens) -> list[Span]:
-    """Start and stop of every text and image segment, in order."""
+    """Start and stop of every text and image segment, in order; a piece of a long text may lack the first ones."""
     bounds = []
-    for number in range(int(tokens.segments.max(initial=-1)) + 1):
+    for number in np.unique(tokens.segments[tokens.segments >= 0]):
         where = np.flatnonzero(tokens.segments == number)
         bounds.append((int(where[0]), int(where[-1]) + 1))
     return bounds
 
 
 def draw_spans(tokens: Tokens, count: int, generator: np.random.Generator) -> list[Span]:
-    """At most ``count`` disjoint, non-empty spans in order, each inside one segment.
+    """``count`` disjoint, non-empty spans in order, each inside one segment; fewer only where a document hardly holds
+    them.
 
-    One at least, if ``count`` is and anything can be masked: ends that meet or hold controls alone are drawn again.
+    Ends that meet, hold controls alone or touch another span are drawn again. One span at least, if ``count`` is and
+    anything can be masked.
     """
     bounds = segment_bounds(tokens)
     spans: list[Span] = []
     if not bounds:
         return spans
-    for tried in range(_TRIES * count):
-        if tried >= count and spans:
+    for _ in range(_TRIES * count):
+        if len(spans) == count:
             break
         start, stop = sorted(generator.integers(0, len(tokens) + 1, size=2).tolist())
         clipped = max(((max(start, a), min(stop, b)) for a, b in bounds), key=lambda s: s[1] - s[0], default=(0, 0))
@@ -85,9 +88,18 @@ def caption_span(tokens: Tokens) -> list[Span]:
 
 
 def mask_spans(tokens: Tokens, spans: list[Span], vocabulary: Vocabulary) -> Tokens:
-    """Moves each span behind the document, leaving ``<mask>`` in its place; +2 tokens a span."""
+    """Moves each span behind the document, leaving ``<mask>`` in its place; +2 tokens a span.
+
+    Raises:
+        RunError: a vocabulary without these controls.
+    """
     if not spans:
         return tokens
+    if missing := [name for name in ("mask", "infill") if name not in vocabulary.controls]:
+        raise RunError(
+            f"a span is to be masked, and this model's vocabulary has no {missing[0]!r} control; set objective.cm3 and "
+            "objective.condition_drop to 0, or train a model that has it"
+        )
     mask, infill, eos = (vocabulary.controls[name] for name in ("mask", "infill", "eos"))
     closed = tokens.ids[-1] == eos
     body_stop = len(tokens) - int(closed)

@@ -1,7 +1,8 @@
 """How often a run will read each source, said before it begins; a source that teaches nothing is refused.
 
 How many sequences of a source a run reads is arithmetic; how many an epoch has is seen in its first window (documents
-that the run packs first anyway): an estimate, since CM3 grows documents otherwise in every epoch.
+that the run packs first anyway), of a small source in its first epochs: an estimate, since CM3 grows documents
+otherwise in every epoch.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from finetune.order.plan import BLOCK, WINDOW, Plan
 from finetune.recipe import FinetuneRecipe, LossSection
 from jam.errors import DataError
 
+EPOCHS = 8  # of a small source that are looked at, at most
 REPEATS = 4  # epochs that teach about as much as new data would (arXiv 2305.16264)
 
 
@@ -46,7 +48,8 @@ def check_supply(plan: Plan, recipe: FinetuneRecipe, steps: int, tell: Callable[
                 f"{recipe.loss.image:g}, its own {source.loss_text:g} and {source.loss_image:g}); raise a weight or "
                 "remove the source"
             )
-        per_epoch = len(window) * source.size / min(source.size, WINDOW)
+        few = range(1 + min(EPOCHS - 1, WINDOW // source.size))  # those of a small source differ by a sequence or two
+        per_epoch = float(np.mean([len(packed.window(n)) for n in few])) * source.size / min(source.size, WINDOW)
         epochs = count / max(per_epoch, 1.0)
         if limit is not None and epochs > limit:
             raise DataError(

@@ -14,6 +14,7 @@ import torch
 from finetune.loop import StepReport, Trainer
 from finetune.watching.flops import Work
 from finetune.watching.measure import DOCUMENTS, TOKENS, shares
+from jam.shards import sync_path
 
 LOG = "log.jsonl"
 
@@ -78,6 +79,7 @@ def trim_log(run: Path, step: int, name: str = LOG) -> None:
         if kept != lines:
             temporary = path.with_name(f".{name}.tmp")  # a disk that is full must not cost the log that is there
             temporary.write_text("".join(kept), encoding="utf-8")
+            sync_path(temporary)  # nor a power cut
             temporary.replace(path)
 
 

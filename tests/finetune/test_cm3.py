@@ -3,16 +3,19 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from finetune.data.sources import Source as SourceOf
 from finetune.data.sources import cut, keyed, open_source
 from finetune.order.cm3 import CAPTION, draw_instance, draw_spans, growth, infilled, mask_spans, segment_bounds, unmask
 from finetune.order.plan import PackedSource
 from finetune.recipe import FinetuneRecipe, ObjectiveSection, Source
 from jam.document import CodesPart, Document, TextPart
+from jam.errors import RunError
 from jam.models.load import load_bundle
 from jam.tokens.render import IMAGE_HEAD, Tokens, render
 from jam.tokens.text import TextTokenizer
@@ -74,6 +77,14 @@ def test_the_share_and_the_captions_that_are_dropped_first():
     assert sum(share for instance, share in found.items() if instance > 0) == near(0.45)
 
 
+def test_documents_without_a_caption_are_infilled_as_often_as_asked(tmp_path):
+    """``condition_drop`` is a share of captions: a text has none to drop, and once stayed whole instead."""
+    objective = ObjectiveSection(cm3=1.0, condition_drop=0.5)
+    assert all(draw_instance(keyed(seed), objective, captioned=False) > 0 for seed in range(50))
+    packed, _ = source_of(tmp_path, 3, cm3=1.0, condition_drop=0.5)
+    assert all((placed.tokens.ids == MASK).any() for window in range(9) for placed in packed._documents(window))
+
+
 def test_the_greatest_number_of_spans():
     assert set(counted(cm3=1.0, clamp_max=2, condition_drop=0.0)) == {1, 2}
     found = counted(cm3=1.0, clamp_min=0, clamp_max=1, condition_drop=0.0)
@@ -102,6 +113,32 @@ def test_random_documents_come_back_and_spans_stay_in_a_segment(objective):
     assert images > 50
 
 
+def test_documents_get_as_many_spans_as_were_drawn():
+    """Two spans of a document overlap in two draws of three; taken as drawn, nine documents of ten had one span."""
+    section = ObjectiveSection(cm3=1.0, clamp_min=0, clamp_max=511, condition_drop=0.0)
+    tokens, found, draws = render(Document((TextPart("the cat in the rain " * 60),)), VOCABULARY, TEXT), Counter(), 2000
+    for seed in range(draws):
+        generator = keyed(seed)
+        result = infilled(tokens, draw_instance(generator, section), generator, VOCABULARY, room=2000)
+        found[int((result.ids == INFILL).sum())] += 1
+    for spans in range(5):
+        deviation = math.sqrt(POISSON[spans] * (1 - POISSON[spans]) / draws)
+        assert found[spans] / draws == pytest.approx(POISSON[spans], abs=4 * deviation)
+
+
+def test_a_long_text_of_several_parts_is_masked_in_every_piece(tmp_path):
+    """Pages without an image are texts one after another; a later piece has none of the first ones."""
+    tiny_pair(tmp_path)
+    bundle = load_bundle(tmp_path / "image")
+    recipe = recipe_for(tmp_path, objective={"cm3": 1.0, "condition_drop": 0.0})
+    page = Document(tuple(TextPart(f"the cat {n} and another of them in the rain") for n in range(9)))
+    source = PackedSource(SourceOf("a", 1, lambda index, draw: page, True, 1.0, 1.0), 0, bundle, recipe, 256)
+    pieces = list(source._instances(0, keyed(0)))
+    assert len(pieces) > 3 and all((piece.ids == MASK).any() for piece in pieces)
+    back = np.concatenate([unmask(piece.ids, VOCABULARY)[1:] for piece in pieces])
+    assert np.array_equal(back, render(page, VOCABULARY, TEXT).ids[1:])
+
+
 def test_a_document_without_anything_to_mask_stays():
     tokens = render(Document(()), VOCABULARY, TEXT)
     assert segment_bounds(tokens) == [] and draw_spans(tokens, 3, keyed(0)) == []
@@ -128,7 +165,7 @@ def test_growth_is_budgeted_before_a_long_text_is_cut(tmp_path):
     """Pieces that were cut to the length of a sequence first would have no room for a span."""
     packed, recipe = source_of(tmp_path, 60, cm3=1.0, condition_drop=0.0)
     for index in range(6):
-        whole = next(cut(packed.source, packed.bundle, index, 0.0, 10_000, lambda: 0))
+        whole = next(cut(packed.source, packed.bundle, index, 0.0, 10_000, lambda document: 0))
         pieces = list(packed._instances(index, keyed(index)))
         assert len(pieces) > 5 and all(len(piece) <= recipe.data.seq_len for piece in pieces)
         assert all((piece.ids == MASK).any() for piece in pieces)
@@ -155,3 +192,14 @@ def test_a_document_with_images_is_not_cut_and_gets_the_spans_that_fit():
 def test_masking_nothing_is_the_document():
     tokens = random_document(0)
     assert mask_spans(tokens, [], VOCABULARY) is tokens
+
+
+def test_a_vocabulary_without_a_mask_is_refused_where_one_would_be_written(tmp_path):
+    """Owners' models have none: Chameleon, Liquid, a plain language model."""
+    controls = {name: id for name, id in VOCABULARY.controls.items() if name not in ("mask", "infill")}
+    plain = replace(VOCABULARY, controls=controls)
+    tokens = render(Document((TextPart("a cat"), CodesPart((0,) * CODES_PER_IMAGE))), plain, TEXT)
+    assert infilled(tokens, 0, keyed(0), plain, 100) is tokens
+    for instance in (1, CAPTION):
+        with pytest.raises(RunError, match=r"no 'mask' control; set objective\.cm3"):
+            infilled(tokens, instance, keyed(0), plain, 100)

@@ -64,7 +64,7 @@ def test_a_log_has_the_shares_that_were_asked_for(tmp_path):
     last = lines[-1]
     assert (last["target/a"], last["target/b"]) == (0.7, 0.3)
     assert abs(last["share/a"] - 0.7) < 0.05 and last["share/a"] + last["share/b"] == 1.0
-    assert 0.5 < np.mean([line["infill/documents"] for line in lines]) <= 0.9  # some spans are clipped away
+    assert abs(np.mean([line["infill/documents"] for line in lines]) - 0.9) < 0.05
     assert all(0 < line["infill/tokens"] < 1 and 0.5 < line["fill"] <= 1 for line in lines)
     assert last["seconds_left"] == 0.0 < lines[0]["seconds_left"]
     assert last["memory_gb"] > 0.1 and last["tokens_per_second"] > 0

@@ -180,6 +180,20 @@ def test_order_is_arithmetic_whatever_the_order_of_asking(tmp_path):
     assert len({json.dumps(s) for s in straight.values()}) > 50
 
 
+def test_a_walk_goes_on_where_it_was_and_back_when_asked(tmp_path, monkeypatch):
+    tiny_pair(tmp_path)
+    straight, again = (plan_for(tmp_path).sources[0] for _ in range(2))
+    expected = [flat(straight.sequence(number)) for number in range(60)]
+    window, start = straight.walked
+    assert window > 3 and 0 < start < 60
+    again.walk_from(window, start)
+    packed, pack = [], PackedSource._pack
+    monkeypatch.setattr(PackedSource, "_pack", lambda self, number: packed.append(number) or pack(self, number))
+    assert [flat(again.sequence(number)) for number in range(start, 60)] == expected[start:]
+    assert set(packed) == {window}
+    assert [flat(again.sequence(number)) for number in range(60)] == expected
+
+
 def test_shares_are_exact_in_every_block_and_sources_advance_without_gaps(tmp_path):
     tiny_pair(tmp_path)
     plan = plan_for(tmp_path)

@@ -37,7 +37,7 @@ def recipes(tmp_path_factory) -> dict[str, Path]:
         tables: tiny_cross(root / tables, text, image, gate=0.5, tables=tables) for tables in ("separate", "shared")
     }
     base = recipe_for(root).model_dump(mode="json")
-    pictures = {"kind": "captions", "path": str(captions(root)), "weight": 0.5, "loss": {"text": 0.0, "image": 1.0}}
+    pictures = {"kind": "captions", "path": str(captions(root)), "weight": 0.5, "loss": {"text": 0.0, "image": 0.7}}
     base["data"]["mix"] = {"text": base["data"]["mix"]["a"], "captions": pictures}
     base["train"] |= {"ema": 0.9, "micro_batch_size": 1, "global_batch_size": 8}
     base["objective"] |= {"cm3": 0.5, "own_codes": 0.5}

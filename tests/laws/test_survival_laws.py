@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from finetune import checkpoint
 from finetune import run as run_module
 from finetune.loop import Trainer
+from finetune.order.plan import PackedSource
+from finetune.order.supply import EPOCHS
 from finetune.recipe import FinetuneRecipe
 from finetune.run import Interrupted, Reporter, run_finetune
 from jam.errors import RunError
@@ -47,6 +49,10 @@ def recipe_in(tmp_path: Path, name: str = "run", **train) -> FinetuneRecipe:
 
 def changed(recipe: FinetuneRecipe, **changes) -> FinetuneRecipe:
     return FinetuneRecipe.model_validate(recipe.model_dump(mode="json") | changes)
+
+
+def train_of(recipe: FinetuneRecipe, **changes) -> dict:
+    return recipe.model_dump(mode="json")["train"] | changes
 
 
 @pytest.fixture
@@ -80,6 +86,7 @@ def test_twenty_steps_equal_ten_and_ten(tmp_path):
     finally:
         torch.set_num_threads(1)
     assert "going on with what resume_allow names: train.threads: was 1, is 2" in told.lines
+    assert not [line for line in told.lines if "read again" in line]
     for one, line in zip(straight["log"], outcome(tmp_path / "threads")["log"], strict=True):
         assert line["loss"] == pytest.approx(one["loss"], abs=1e-5) and line["tokens"] == one["tokens"]
 
@@ -259,6 +266,7 @@ def test_other_data_is_refused_by_name_and_allowed_by_name(whole, tmp_path):
     told = Lines()
     run_finetune(changed(recipe, resume_allow=["content.data.mix.b"]), reporter=told)
     assert any(line.startswith("going on with what resume_allow names: content.data.mix.b") for line in told.lines)
+    assert "step 7 is counted under these: some data may be read again and some left out" in told.lines
 
 
 def test_other_words_of_the_same_model_are_refused(whole, tmp_path):
@@ -301,3 +309,62 @@ def test_a_checkpoint_that_records_no_inputs_goes_on_and_says_so(whole):
     told = Lines()
     run_finetune(recipe, reporter=told)
     assert len([line for line in told.lines if "does not record its data and model" in line]) == 1
+
+
+def test_an_average_that_is_asked_for_later_begins_with_the_weights_of_then(whole):
+    """Once it began with the weights of before the run, which a finished run then put into ``final``."""
+    recipe, _ = whole
+    plain = changed(recipe, output_dir=recipe.output_dir.with_name("plain"), train=train_of(recipe, ema=None))
+    trained = load_file(run_finetune(plain) / "model.safetensors")
+    later = run_finetune(changed(plain, train=train_of(recipe, ema=0.9), resume_allow=["train.ema"]))
+    for name, tensor in load_file(later / "model.safetensors").items():
+        assert torch.equal(tensor, trained[name]), name
+
+
+def test_an_average_that_is_given_up_is_gone(whole):
+    recipe, run = whole
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoint-7")
+    run_finetune(changed(recipe, train=train_of(recipe, ema=None), resume_allow=["train.ema"]))
+    newest = checkpoint.listed(run)[0]
+    assert newest.name == "checkpoint-7" and not (newest / "train/ema.safetensors").exists()
+    weights = load_file(newest / "model.safetensors")
+    for name, tensor in load_file(run / "final/model.safetensors").items():
+        assert torch.equal(tensor, weights.get(name, tensor)), name
+
+
+def test_damaged_checkpoints_never_cost_the_one_that_was_just_written(whole):
+    """They are newer by number, and were once kept in its place."""
+    recipe, run = whole
+    for folder in checkpoint.listed(run)[:2]:
+        damage(folder / "state.json", "truncate")
+    with pytest.raises(KeyboardInterrupt):
+        run_finetune(changed(recipe, save={"every": 5, "keep": 1}), reporter=StopAfter(6))
+    assert [folder.name for folder in checkpoint.listed(run)] == ["checkpoint-7", "checkpoint-6", "checkpoint-5"]
+    assert checkpoint.newest(run, lambda line: None) == run / "checkpoint-5"
+    run_finetune(changed(recipe, save={"every": 5, "keep": 1}))
+    assert [folder.name for folder in checkpoint.listed(run)] == ["checkpoint-7"]
+    assert checkpoint.verify(run / "checkpoint-7") is None
+
+
+def test_a_resumed_run_walks_no_window_again_unless_something_changed(tmp_path, monkeypatch):
+    tiny_pair(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run_finetune(recipe_in(tmp_path, steps=60), reporter=StopAfter(54))
+    shutil.copytree(tmp_path / "run", tmp_path / "other", symlinks=True)
+    state = json.loads((checkpoint.listed(tmp_path / "run")[0] / "state.json").read_text())
+    packed, pack = [], PackedSource._pack
+
+    def noted(self, number):
+        packed.append((self.number, number))
+        return pack(self, number)
+
+    monkeypatch.setattr(PackedSource, "_pack", noted)
+    run_finetune(recipe_in(tmp_path, steps=60))
+    for number, (window, start) in enumerate(state["walked"]):
+        found = {one for source, one in packed if source == number}
+        assert start > 0 and min(found - {*range(EPOCHS)}) == window > EPOCHS  # the first ones tell of the supply
+    packed.clear()
+    moved = changed(recipe_in(tmp_path, "other", steps=60), resume_allow=["objective"], objective={"cm3": 0.1})
+    run_finetune(moved)
+    assert {(0, EPOCHS), (1, EPOCHS)} <= set(packed)  # other lengths, other windows

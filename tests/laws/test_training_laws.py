@@ -3,23 +3,28 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune import checkpoint
+from finetune import checkpoint, final
+from finetune.data import code_cache
 from finetune.loss import cross_entropy
 from finetune.order.pack import Placed, collate
 from finetune.recipe import FinetuneRecipe
 from finetune.run import Reporter, changed_settings, fixed_settings, run_finetune
+from finetune.watching import log
 from jam.errors import RunError
 from jam.models.load import load_bundle
+from tests.laws.scale_cases import trainer_of
 from tests.laws.test_data_laws import recipe_for, tokens_of
 from tests.tiny import tiny_pair
 
@@ -78,6 +83,24 @@ def test_eight_micro_batches_of_one_equal_one_of_eight(tmp_path):
         assert torch.allclose(tensor, final_weights(many)[name], atol=2e-5), name
     losses = [log_lines(folder.parent)[-1]["loss"] for folder in (one, many)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_gradients_of_eight_micro_batches_are_those_of_one(tmp_path):
+    """In float64, before Adam, which would hide any factor on all of them."""
+    tiny_pair(tmp_path)
+    found = []
+    for size in (8, 2, 1):
+        raw = recipe_for(tmp_path, loss={"text": 0.7, "z": 1e-2}).model_dump(mode="json")
+        raw["train"] |= {"micro_batch_size": size, "global_batch_size": 8}
+        trainer = trainer_of(FinetuneRecipe.model_validate(raw))
+        batch = trainer.batch(0)
+        loss, logged, _ = trainer.backward(batch)
+        assert batch.weights.sum(1).std() > 1  # rows that count unequally: a mean of means is another number
+        gradients = {f"gradient.{name}": p.grad for name, p in trainer.bundle.model.named_parameters()}
+        found.append(gradients | {"loss": loss, "logged": logged})
+    for other in found[1:]:
+        for name, tensor in found[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize(("ema", "optimizer"), [(None, "adamw"), (0.9, "adamw"), (None, "muon")])
@@ -225,11 +248,34 @@ def test_final_folder_loads_without_jam(tmp_path):
     (image / "README.md").write_text("The weights are an initialisation: continue training before use.")
     run = run_finetune(recipe_for(tmp_path)).parent
     card = (run / "final/README.md").read_text()
-    assert "initialisation" not in card and "1,024 tokens" in card  # 4 steps of 4 sequences of 64
+    learnt = log_lines(run)[-1]["tokens"]
+    assert "initialisation" not in card and f" {learnt:,} predicted tokens" in card and learnt < 4 * 4 * 64
     shutil.rmtree(image)
     assert (run / "final/model.safetensors").stat().st_mode == (run / "final/config.json").stat().st_mode
     model = AutoModelForCausalLM.from_pretrained(run / "final")
     assert model.config.vocab_size == load_bundle(run / "final").vocabulary.size
+
+
+def test_what_gets_a_name_by_renaming_is_on_disk_before(tmp_path, monkeypatch):
+    """Else a name may outlive a power cut and its content not: a ``final`` that looks whole and is empty."""
+    tiny_pair(tmp_path)
+    synced: set[Path] = set()
+    rename, whole = os.rename, []
+
+    def renamed(old, new) -> None:
+        if Path(new).name == "final":
+            whole.append({Path(old), *Path(old).rglob("*")} <= synced)
+        rename(old, new)
+
+    for module in (final, log, code_cache):
+        monkeypatch.setattr(module, "sync_path", synced.add)
+    monkeypatch.setattr(os, "rename", renamed)
+    run_finetune(recipe_for(tmp_path))
+    assert whole == [True] and tmp_path / "run" in synced
+    log.trim_log(tmp_path / "run", 0)
+    assert tmp_path / "run/.log.jsonl.tmp" in synced
+    code_cache._write_codes(tmp_path / "codes-0.npy", np.zeros((2, 4), np.uint16))
+    assert [path for path in synced if path.name.startswith("codes-0.tmp-")]
 
 
 def test_two_ranks_equal_one(tmp_path):
@@ -261,7 +307,7 @@ def test_a_checkpoint_that_is_being_removed_has_no_name_that_looks_whole(tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.shutil, "rmtree", lambda f, ignore_errors=False: None if ignore_errors else killed(f))
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.rotate(run, keep=1)
+            checkpoint.rotate(run, 4, keep=1)
     assert len(checkpoint.listed(run)) == len(victims) - 1
     assert all(checkpoint.verify(folder) is None for folder in checkpoint.listed(run))
     checkpoint.remove_stale(run)
@@ -278,7 +324,7 @@ def test_a_setting_newer_than_the_checkpoint_had_its_default_and_an_older_one_is
     assert changed_settings(recorded, recipe) == [f"optim.lr: was 7.0, is {recipe.optim.lr}"]
     recorded["optim"]["lr"] = recipe.optim.lr
     assert changed_settings({key: recorded[key] for key in recorded if key != "order"}, recipe) == [
-        "order: was shuffled, is feistel, cut for CM3, joined by choice"
+        "order: was shuffled, is feistel, cut for CM3, joined by choice, shares as asked"
     ]
     recorded["objective"]["gone"] = 1
     assert "objective.gone: was 1, is None" in changed_settings(recorded, recipe)

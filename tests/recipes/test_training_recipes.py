@@ -1,5 +1,7 @@
 """The training recipes on tiny networks: each trains exactly what it says."""
 
+import json
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -42,6 +44,11 @@ def test_cross_only_opens_the_gates_of_a_fresh_merge(tmp_path):
 
 def test_anole_rows_moves_the_heads_rows_of_the_codes_and_none_besides(tmp_path):
     _, model = tiny_pair(tmp_path, family="chameleon", tie_word_embeddings=False)
+    vocabulary = chameleon_vocabulary(release(), 65_536)[0]
+    record = json.loads((model / "jam.json").read_text())
+    controls = record["vocabulary"]["controls"]
+    record["vocabulary"]["controls"] = {name: id for name, id in controls.items() if name in vocabulary.controls}
+    (model / "jam.json").write_text(json.dumps(record | {"unconditional": ["bos", "begin_image"]}))
     span = load_bundle(model).vocabulary.image_span
     head = f"{{match: '^lm_head\\.', lr_mul: 1.0, rows: [[{span.start}, {span.stop}]], fresh: he}}"
     rest = "{match: '.', lr_mul: 0.0}"
@@ -53,7 +60,7 @@ def test_anole_rows_moves_the_heads_rows_of_the_codes_and_none_besides(tmp_path)
     groups = load_recipe(RECIPES / "anole_rows.yaml", FinetuneRecipe).optim.groups
     expected = [(r"^lm_head\.", 1.0, "he"), (".", 0.0, None)]  # as trained here
     assert [(g.match, g.lr_mul, g.fresh) for g in groups] == expected
-    codes = chameleon_vocabulary(release(), 65_536)[0].image_span
+    codes = vocabulary.image_span
     assert groups[0].rows == ((codes.start, codes.stop),)
 
 
