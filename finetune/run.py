@@ -9,26 +9,27 @@ import errno
 import fcntl
 import importlib.metadata
 import json
+import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from pydantic import ValidationError
 
-from finetune import checkpoint, tally
-from finetune.data.inputs import changed_inputs, inputs_of, refused
+from finetune.data.inputs import inputs_of
 from finetune.data.sources import open_source
-from finetune.final import final_dtype, write_final
 from finetune.loop import StepReport, Trainer
 from finetune.lora import adapt
-from finetune.order.plan import ORDER, PackedSource, Plan
+from finetune.order.plan import PackedSource, Plan
 from finetune.order.supply import check_supply
 from finetune.recipe import FinetuneRecipe
+from finetune.saving import checkpoint, tally
+from finetune.saving.final import final_dtype, write_final
+from finetune.saving.resume import differences, fixed_settings, resume
 from finetune.scale.engines import asks_fsdp2, start_processes
 from finetune.scale.ranks import Ranks
 from finetune.scratch import starting_bundle
@@ -45,12 +46,7 @@ from jam.plot import loss_curves
 from jam.recipe import dump_recipe
 from jam.shards import sync_path
 
-# settings that a resumed run may not change
-FIXED = ("model", "seed", "data", "objective", "loss", "scratch", "lora", "optim", "train")
-
-# changes after which a step stands at other data
-MOVES = ("data.", "content.data.", "objective.cm3", "objective.spans", "objective.clamp", "objective.condition_drop")
-MOVES += ("train.global_batch_size",)
+LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # accelerate launch sets it, however many processes it then starts
 
 
 class Interrupted(RunError):
@@ -117,27 +113,6 @@ def stop_signals() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
-def fixed_settings(recipe: FinetuneRecipe) -> dict:
-    """What a checkpoint is made under; the order of the data is not for a recipe to say, and fixed as well."""
-    return {key: value for key, value in recipe.model_dump(mode="json").items() if key in FIXED} | {"order": ORDER}
-
-
-def _differences(old: object, new: object, at: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{at}.{key}" if at else key)]
-    return [] if old == new else [f"{at}: was {old}, is {new}"]
-
-
-def changed_settings(recorded: dict, recipe: FinetuneRecipe) -> list[str]:
-    """``name: was a, is b`` of every setting that differs; one that is newer than the record had its default."""
-    order = recorded.get("order", "shuffled")  # before it was recorded
-    recorded = {key: value for key, value in recorded.items() if key != "order"}
-    with suppress(ValidationError):  # a setting that is gone: it is named as it stands
-        recorded = fixed_settings(FinetuneRecipe.model_validate(recipe.model_dump(exclude=set(FIXED)) | recorded))
-    return _differences(recorded | {"order": order}, fixed_settings(recipe))
-
-
 def choose_attention(recipe: FinetuneRecipe) -> str:
     """transformers' name of the kernel that ``train.attention`` asks for."""
     return {"auto": DOCUMENTS, "documents": DOCUMENTS}.get(recipe.train.attention, recipe.train.attention)
@@ -149,7 +124,7 @@ def _check_same(recipe: FinetuneRecipe, ranks: Ranks) -> None:
     own = recipe.model_dump(mode="json", exclude={"model", "output_dir"})
     first = ranks.told(own)
     with ranks.together():
-        if differing := _differences(first, own):
+        if differing := differences(first, own):
             raise RunError(
                 f"rank {ranks.number} was started with other settings than rank 0 ({'; '.join(differing)}); one recipe "
                 "is required on all, start every process with the same command"
@@ -161,77 +136,6 @@ def _context(bundle: Bundle, recipe: FinetuneRecipe) -> int:
     if recipe.data.seq_len > context:
         raise RunError(f"data.seq_len is {recipe.data.seq_len}, the model has {context} positions; lower data.seq_len")
     return context
-
-
-def _resume(
-    run: Path, recipe: FinetuneRecipe, trainer: Trainer, reporter: Reporter, inputs: dict[str, str]
-) -> list[StepReport]:
-    """Puts the trainer where the newest good checkpoint left off, which the first rank finds for all; returns the steps
-    that no line of the log tells of yet."""
-    ranks = trainer.ranks
-    with ranks.together():
-        found = _checkpoint(run, recipe, reporter, inputs) if ranks.first else None
-    found = ranks.told(found)
-    if found is None:
-        return []
-    with ranks.together():
-        state, ema = checkpoint.load(found, trainer.bundle.model, trainer.engine)
-        averaged = trainer.ema is not None and state["settings"]["train"].get("ema") is not None
-        if averaged and (ema or {}).keys() != trainer.ema.keys():
-            raise RunError(
-                f"{found}/train/ema.safetensors has {len(ema or {})} averages of {len(trainer.ema)} tensors; restore "
-                "it, or remove the folder to go on from an older one"
-            )
-    if state["step"] > trainer.steps:  # resume_allow lets a run be shortened
-        raise RunError(
-            f"{found} is {state['step']} steps into a run of {trainer.steps}; as many at least are required, raise "
-            "train.steps or train.tokens, or choose another output_dir"
-        )
-    trainer.step, trainer.tokens = state["step"], state["tokens"]
-    if trainer.ema is not None:  # resume_allow lets an average come and go
-        trainer.ema = ema
-        if ema is None:
-            trainer.start_average()  # from the checkpoint's weights, no longer the base's
-    if (state["settings"], state.get("inputs")) == (fixed_settings(recipe), inputs):
-        for source, walked in zip(trainer.plan.sources, state.get("walked", ()), strict=False):
-            source.walk_from(*walked)
-    read = state.get("read", [])
-    same = len(read) == len(trainer.plan.sources)
-    if same:
-        trainer.read = torch.tensor(read, dtype=torch.float64)
-    else:  # an older checkpoint, or sources came or went (resume_allow)
-        reporter.line(f"{found} does not say what was read of these sources; shares count from here on")
-    reporter.line(f"resuming from {found} (step {trainer.step} of {trainer.steps})")
-    return tally.from_json(state["pending"]) if same else []
-
-
-def _checkpoint(run: Path, recipe: FinetuneRecipe, reporter: Reporter, inputs: dict[str, str]) -> Path | None:
-    """The newest good checkpoint, made under this recipe from these inputs; None to start afresh."""
-    found = None if recipe.resume == "never" else checkpoint.newest(run, reporter.line)
-    if found is None:
-        if recipe.resume == "must":
-            raise RunError(f"resume: must, but {run} holds no usable checkpoint; use resume: auto to start afresh")
-        if recipe.resume == "auto" and checkpoint.listed(run):
-            raise RunError(f"{run} holds checkpoints, but none verifies; move them away or choose another output_dir")
-        if recipe.resume == "never" and checkpoint.listed(run):
-            raise RunError(f"resume: never, but {run} holds checkpoints; move them away or choose another output_dir")
-        return None
-    recorded = json.loads((found / "state.json").read_text())
-    changed = changed_settings(recorded["settings"], recipe) + changed_inputs(recorded.get("inputs", {}), inputs)
-    if kept := refused(changed, recipe.resume_allow):
-        raise RunError(
-            f"{found} was made under other settings or from other data ({'; '.join(kept)}); resume with the old ones, "
-            "choose another output_dir, or name in resume_allow what may differ"
-        )
-    if changed:
-        reporter.line(f"going on with what resume_allow names: {'; '.join(changed)}")
-        if any(change.startswith(MOVES) for change in changed):
-            reporter.line(
-                f"step {recorded['step']} is counted under these: some data may be read again and some left out"
-            )
-    if "inputs" not in recorded:
-        reporter.line(f"{found} does not record its data and model; whether they are the same could not be checked")
-    return found
 
 
 @contextmanager
@@ -301,11 +205,14 @@ def run_finetune(recipe: FinetuneRecipe, source: Path | None = None, reporter: R
             inputs = inputs_of(bundle, recipe, opened)
         trainer = Trainer(bundle, plan, recipe, accelerator, recipe.steps, ranks)
         check_engine(recipe, trainer.engine.shards, trainer.engine.name)
-        pending = _resume(run, recipe, trainer, reporter, inputs)
+        pending = resume(run, recipe, trainer, reporter.line, inputs)
         with _told_of(run):
             with ranks.together():
                 if ranks.first:  # not before: a refused run must not replace the record of the one there
                     _prepare(run, recipe, source, trainer)
+                    if ranks.count > 1 or LAUNCHED in os.environ:
+                        many = f"{trainer.engine.name} on {ranks.count} processes"
+                        reporter.line(f"{many if ranks.count > 1 else 'one process'} ({accelerator.device.type})")
                     trim_log(run, trainer.step)
                     trim_log(run, trainer.step or -1, RETENTION)  # a fresh run knows nothing of the parents
             return _train(run, recipe, trainer, reporter, pending, inputs, adapted)
@@ -370,6 +277,7 @@ def _train(
                 saved = report.step
             if wanted and ranks.first:
                 (run / "SAVE").unlink(missing_ok=True)
+                reporter.line(f"saved {run}/checkpoint-{report.step}, as {run}/SAVE asked; going on")
         if code and trainer.step < trainer.steps:
             if saved != trainer.step:
                 save()  # with the steps that no line tells of yet

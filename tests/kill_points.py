@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from finetune import checkpoint  # noqa: E402
+from finetune.saving import checkpoint  # noqa: E402
 from tests.fork_server import PHASES, ForkServer, Kill  # noqa: E402
 from tests.tiny import tiny_pair  # noqa: E402
 

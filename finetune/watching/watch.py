@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from finetune.checkpoint import discard
 from finetune.data import mini_data
 from finetune.data.held_out import held_out_pictures, spread
 from finetune.loop import Trainer
 from finetune.recipe import FinetuneRecipe, WatchSection
+from finetune.saving.checkpoint import discard
 from finetune.watching.log import append_log, read_lines
 from finetune.watching.retention import RETENTION, HeldOut, parents_of, reason, summary, table
 from jam.decode.job import prepare

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune import checkpoint
+from finetune.saving import checkpoint
 from finetune.scale.engines import Whole, whole
 
 

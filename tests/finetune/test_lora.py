@@ -9,12 +9,12 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from finetune import checkpoint
 from finetune.lora import adapt, new_rows, targets
 from finetune.loss import TokenLoss
 from finetune.optim import build_optimizer
 from finetune.recipe import FinetuneRecipe, LoraSection, LossSection, OptimSection
 from finetune.run import run_finetune
+from finetune.saving import checkpoint
 from jam.errors import RecipeError, RunError
 from jam.models.cross import LORA_TARGETS
 from jam.models.load import Bundle, load_bundle

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.recipe import FinetuneRecipe, ScratchSection
-from finetune.run import changed_settings, fixed_settings, run_finetune
+from finetune.run import run_finetune
+from finetune.saving.resume import changed_settings, fixed_settings
 from finetune.scratch import cm3leon_weights, fresh_network, scratch_bundle, scratch_config
 from jam.errors import CheckpointError, RecipeError, RunError
 from jam.layouts import open_model

@@ -4,8 +4,8 @@ import json
 
 import torch
 
-from finetune import tally
 from finetune.loop import StepReport
+from finetune.saving import tally
 
 
 def test_reports_come_back_to_the_bit():

@@ -38,6 +38,7 @@ def test_a_launch_trains_what_one_process_trains(tmp_path, name):
     done = finished([*ACCELERATE, str(CONFIGS / f"{name}.yaml"), "-m", "jam.cli", "finetune", str(file)])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("trained model: ") == 1
+    assert done.stderr.count(f"{'FSDP2' if name == 'fsdp2' else 'ZeRO-3'} on 2 processes (cpu)") == 1
     record = json.loads((tmp_path / "run/env.json").read_text())
     assert (record["engine"], record["processes"]) == ({"fsdp2": "FSDP2", "zero3": "ZeRO-3"}[name], 2)
     one = run_finetune(recipe_at(file, tmp_path / "one"))

@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune import checkpoint, loop
+from finetune import loop
 from finetune.data.prepare import Job, prepare
 from finetune.data.rendering import Reading, Tokenizers
 from finetune.loss import TokenLoss
+from finetune.saving import checkpoint
 from jam.cli import main
 from jam.header import read_header
 from tests.flows.test_data_cli import said

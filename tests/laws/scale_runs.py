@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from finetune import checkpoint, loop
+from finetune import loop
 from finetune.loop import Trainer
 from finetune.recipe import FinetuneRecipe
 from finetune.run import Interrupted, Reporter, run_finetune
+from finetune.saving import checkpoint
 from finetune.scale import ranks
 from jam.cli import main
 from jam.errors import DataError, JamError
@@ -26,6 +27,10 @@ class Act(Reporter):
 
     def __init__(self, step: int = 0, act=lambda: None, rank: int = 0, kill: int = 0):
         self.at, self.act, self.rank, self.kill = step, act, rank, kill
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
 
     def step(self, report) -> None:
         if report.step == self.at and torch.distributed.get_rank() == self.rank:
@@ -55,8 +60,11 @@ def travel(file: str, run: str) -> None:
         stopped = ended(recipe, Act(5, lambda: os.kill(os.getpid(), signal.SIGTERM), rank=1))
     assert isinstance(stopped, Interrupted) and stopped.exit_code == 143 and "step 5 of" in str(stopped)
     with engine("fsdp2"):
-        killed = ended(recipe, Act(7, lambda: (Path(run) / "SAVE").touch(), kill=8))
+        asked = Act(7, lambda: (Path(run) / "SAVE").touch(), kill=8)
+        killed = ended(recipe, asked)
     assert isinstance(killed, KeyboardInterrupt)
+    saved = [line for line in asked.lines if line.endswith("SAVE asked; going on")]
+    assert len(saved) == (os.environ["RANK"] == "0")
     assert [folder.name for folder in checkpoint.listed(Path(run))][:2] == ["checkpoint-7", "checkpoint-6"]
 
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune import checkpoint
 from finetune import run as run_module
 from finetune.loop import Trainer
 from finetune.order.plan import PackedSource
 from finetune.order.supply import EPOCHS
 from finetune.recipe import FinetuneRecipe
 from finetune.run import Interrupted, Reporter, run_finetune
+from finetune.saving import checkpoint
 from jam.errors import RunError
 from jam.models.load import load_bundle
 from tests.kill_points import outcome

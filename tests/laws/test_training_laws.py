@@ -15,12 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune import checkpoint, final
 from finetune.data import code_cache
 from finetune.loss import cross_entropy
 from finetune.order.pack import Placed, collate
 from finetune.recipe import FinetuneRecipe
-from finetune.run import Reporter, changed_settings, fixed_settings, run_finetune
+from finetune.run import Reporter, run_finetune
+from finetune.saving import checkpoint, final
+from finetune.saving.resume import changed_settings, fixed_settings
 from finetune.watching import log
 from jam.errors import RunError
 from jam.models.load import load_bundle

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from finetune.restored import DTYPES, check_fits, check_moments, state_problem, tensors_of
+from finetune.saving.restored import DTYPES, check_fits, check_moments, state_problem, tensors_of
 from finetune.scale.engines import Engine, Whole, laid_as, whole
 from finetune.scale.ranks import Ranks
 from jam.errors import RunError

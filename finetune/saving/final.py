@@ -9,9 +9,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from finetune import checkpoint
 from finetune.lora import merged, save_adapter
 from finetune.recipe import FinetuneRecipe
+from finetune.saving import checkpoint
 from finetune.scale.engines import Engine
 from finetune.scale.ranks import Ranks
 from finetune.scratch import own_record, trained_config
