@@ -5,6 +5,7 @@ checked here (one of tokens and steps, batch sizes that divide); whether files e
 matter. Imports no torch.
 """
 
+import difflib
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -437,6 +438,24 @@ class FinetuneRecipe(Recipe):
         if self.train.steps is not None:
             return self.train.steps
         return max(1, round(self.train.tokens / (self.train.global_batch_size * self.data.seq_len)))
+
+    @model_validator(mode="after")
+    def _what_may_differ_is_a_setting(self) -> "FinetuneRecipe":
+        tree: dict[str, object] = self.model_dump() | {"order": None, "content": None}
+        tree["data"] = tree["data"] | {"mix": None}  # its sources may have gone
+        for name in self.resume_allow:
+            node: object = tree
+            for part in name.split("."):
+                if not isinstance(node, dict):
+                    break
+                if part not in node:
+                    near = difflib.get_close_matches(part, node, n=1)
+                    raise ValueError(
+                        f"resume_allow names {name}, and {part!r} is no setting{f', {near[0]} is' if near else ''}; "
+                        "required: dotted names such as optim.lr, data.mix.NAME or content.data.mix.NAME; mend it"
+                    )
+                node = node[part]
+        return self
 
     @model_validator(mode="after")
     def _adapters_lie_over_something(self) -> "FinetuneRecipe":

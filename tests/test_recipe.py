@@ -344,3 +344,10 @@ def test_a_line_break_in_a_key_stays_in_its_line(tmp_path: Path) -> None:
 def test_numbers_beyond_what_training_computes_with_and_empty_paths_are_refused(tmp_path, override, message):
     (found,) = mistakes(write(tmp_path, GOOD), overrides=(override,))
     assert override.split("=")[0].split(".")[-1] in found and message in found, found
+
+
+def test_what_may_differ_on_resuming_is_named_as_settings_are(tmp_path: Path) -> None:
+    good = "resume_allow=[optim.lr, lora.r, data.mix.gone.skip, content.data.mix.text, order, train, optim.groups]"
+    assert load_recipe(write(tmp_path, GOOD), FinetuneRecipe, (good,)).resume_allow[1] == "lora.r"
+    (found,) = mistakes(write(tmp_path, GOOD), overrides=("resume_allow=[optim.lr, optim.lrr]",))
+    assert "resume_allow names optim.lrr, and 'lrr' is no setting, lr is; required: dotted names" in found
