@@ -127,6 +127,9 @@ def fresh_network(config: dict, section: ScratchSection, seed: int, hollow: bool
         try:
             built: PreTrainedConfig = AutoConfig.for_model(kind, **settings)
             model = network_class(kind)(built).to(torch.float32)
+            if not hollow:  # a dropout of 2 is found out here, not in the first step
+                with torch.no_grad():
+                    model.train()(torch.zeros(1, 1, dtype=torch.int64))
         except (
             *(AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),
             StrictDataclassError,

@@ -233,6 +233,7 @@ def test_a_folder_with_another_tokenizer_is_refused(tmp_path):
     ("config", "message"),
     [
         ({"dropout": "x"}, "transformers refuses the configuration"),
+        ({"dropout": 2.0}, "transformers refuses the configuration"),
         ({"pad_token_id": 99_999}, "transformers refuses the configuration"),
         ({"dtype": "int8"}, "dtype is 'int8'; one of float32"),
     ],
