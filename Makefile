@@ -1,7 +1,6 @@
 # Two commands set up everything on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
 VENV := .venv
-export GOMP_SPINCOUNT = 0
 
 .PHONY: demo test lint
 
@@ -14,7 +13,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/jam demo
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
