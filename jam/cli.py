@@ -454,7 +454,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     # OpenMP threads spin at barriers by default: beside one other busy process two torch threads become many times
-    # slower than one. Read when torch loads its runtime, so it must stand here; free on an idle machine.
+    # slower than one, and on an idle machine up to a third faster (docs/log.md has figures). Read when torch loads its
+    # runtime, so it must stand here.
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
