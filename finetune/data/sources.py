@@ -26,7 +26,7 @@ from jam.errors import DataError
 from jam.models.load import Bundle
 from jam.tokens.image import ImageTokenizer
 from jam.tokens.render import IMAGE_HEAD, Tokens, render
-from jam.tokens.vocabulary import IMAGE
+from jam.tokens.vocabulary import IMAGE, TEXT
 
 
 def keyed(*keys: int) -> np.random.Generator:
@@ -207,7 +207,9 @@ def _sound(shards: Shards, index: int, kinds: np.ndarray) -> Tokens:
         what = f"id {int(tokens.ids[beyond][0])} of a vocabulary of {len(kinds)}" if len(tokens) else "no tokens"
     elif not ((tokens.weights >= 0) & (tokens.weights <= MOST_WEIGHT)).all():  # false of what is no number
         what = "a loss weight that is negative, too great or no number"
-    elif ((tokens.heads == IMAGE_HEAD) < (kinds[tokens.ids] == IMAGE)).any() or (tokens.heads > IMAGE_HEAD).any():
+    elif (kinds[tokens.ids] == np.where(tokens.heads == IMAGE_HEAD, TEXT, IMAGE)).any() or (
+        tokens.heads > IMAGE_HEAD
+    ).any():
         what = "a token under the wrong head"
     else:
         return tokens

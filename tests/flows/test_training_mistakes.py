@@ -135,15 +135,21 @@ def test_an_altered_byte_within_the_vocabulary_is_found_by_the_check_alone(model
 
 
 @pytest.mark.parametrize(
-    ("array", "value", "message"),
-    [("weights", np.nan, "no number"), ("weights", 3e38, "too great"), ("heads", 7, "wrong head")],
+    ("array", "run", "value", "message"),
+    [
+        ("weights", 0, np.nan, "no number"),
+        ("weights", 0, 3e38, "too great"),
+        ("heads", 0, 7, "wrong head"),
+        ("heads", 1, 1, "wrong head"),  # words under the image head, which has no scores for them
+    ],
 )
-def test_an_altered_index_is_named(model, prepared, capsys, array, value, message):
+def test_an_altered_index_is_named(model, prepared, capsys, array, run, value, message):
     path = prepared / "shard-00000.idx"
     info = next(info for info in read_header(path) if info.name == array)
     with path.open("r+b") as file:
-        file.seek(info.begin)
-        file.write(np.array(value, "<f4" if array == "weights" else "u1").tobytes())
+        raw = np.array(value, "<f4" if array == "weights" else "u1").tobytes()
+        file.seek(info.begin + run * len(raw))
+        file.write(raw)
     told = refused(model, capsys, {"mine": entry("shards", prepared)})
     assert "document 0 has" in told and message in told
 
